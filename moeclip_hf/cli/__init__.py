@@ -1,0 +1,41 @@
+"""The `moeclip` command. Each subcommand is a module of this package and imports what is heavy only when it runs."""
+
+import sys
+
+import typer
+
+from moeclip_hf._version import __version__
+from moeclip_hf.cli.benchmarks import benchmarks
+from moeclip_hf.errors import MoECLIPError
+
+app = typer.Typer(
+    name="moeclip",
+    help="Zero-shot anomaly detection with MoECLIP: scores, verdicts and heat maps for parts nobody trained on.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.add_typer(benchmarks, name="benchmarks")
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"moeclip-hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+) -> None:
+    """Hold the options that stand before a subcommand."""
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's ends in one line on standard error and exit status 1."""
+    try:
+        app()
+    except MoECLIPError as error:
+        typer.echo(f"moeclip: {error}", err=True)
+        sys.exit(1)

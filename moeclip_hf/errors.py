@@ -1,0 +1,31 @@
+"""What can go wrong, as one small tree.
+
+    MoECLIPError                  base: one line that names the thing and the remedy
+    ├── UnreadableImageError      an image file or array cannot be read as an image
+    ├── CheckpointError           a model folder, adapter or processor cannot be used
+    │   └── ConversionError       a checkpoint of another format does not fit
+    └── DatasetError              a data set's tree, index or masks are not as they should be
+
+The `moeclip` command turns any of them into one line on standard error and exit status 1. All are `ValueError`s, so
+that code which knows nothing of this package can catch them.
+"""
+
+
+class MoECLIPError(ValueError):
+    """Base of all errors raised on purpose by moeclip-hf."""
+
+
+class UnreadableImageError(MoECLIPError):
+    """An image file or array cannot be read as an image."""
+
+
+class CheckpointError(MoECLIPError):
+    """A model folder, adapter or processor cannot be used."""
+
+
+class ConversionError(CheckpointError):
+    """A checkpoint of another format does not fit: unknown, unused, missing or misshapen entries."""
+
+
+class DatasetError(MoECLIPError):
+    """A data set's tree, index or masks are not as they should be."""
