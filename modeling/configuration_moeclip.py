@@ -1,0 +1,172 @@
+"""Configuration of a MoECLIP model."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import CLIPConfig
+
+# The paper's backbone, OpenAI's CLIP ViT-L/14 at 336 pixels.
+_VIT_L_14_336_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768}
+_VIT_L_14_336_VISION = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+
+
+def _quarters(depth: int) -> list[int]:
+    """The blocks at the quarters of a tower's depth, counted from 1: `[6, 12, 18, 24]` for 24 blocks."""
+    return sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3, 4)})
+
+
+def _is_ascending(values: list[int]) -> bool:
+    return all(a < b for a, b in zip(values, values[1:], strict=False))
+
+
+@strict
+class MoECLIPConfig(CLIPConfig):
+    r"""
+    Configuration of a [`MoECLIPModel`]: that of its CLIP, and beside it what MoECLIP adds (arXiv 2603.03101).
+
+    Args:
+        num_experts (`int`, *optional*, defaults to 4):
+            K, the number of LoRA experts behind every adapted block.
+        num_experts_per_tok (`int`, *optional*, defaults to 2):
+            k, the number of experts that a token is routed to; at most `num_experts`.
+        lora_rank (`int`, *optional*, defaults to 8):
+            r, the rank of an expert.
+        lora_alpha (`float`, *optional*, defaults to 16):
+            An expert's output is scaled by `lora_alpha / lora_rank`.
+        lora_dropout (`float`, *optional*, defaults to 0.05):
+            Dropout on the experts' input while training.
+        use_fofs (`bool`, *optional*, defaults to `True`):
+            Frozen orthogonal feature separation: every expert reads its own chunk of the features through a frozen
+            projection with orthonormal rows. `False` gives every expert a trained projection of all the features.
+        moe_layers (`list[int]`, *optional*):
+            The blocks of the vision tower, counted from 0, whose output is adapted; by default those at the quarters
+            of its depth, which is `[5, 11, 17, 23]` for ViT-L.
+        residual_weight (`float`, *optional*, defaults to 0.1):
+            lambda: an adapted block returns `lambda * experts + (1 - lambda) * block`.
+        feature_layers (`list[int]`, *optional*):
+            The taps, counted from 1 as in the paper: tap n is the output of the n-th block, behind its experts. By
+            default the quarters of the tower's depth, which is `[6, 12, 18, 24]` for ViT-L.
+        aggregation_sizes (`list[int]`, *optional*, defaults to `[1, 3, 5]`):
+            Odd sides of the windows of patch average aggregation (PAA), in patches; `[1]` turns PAA off.
+        shared_projections (`bool`, *optional*, defaults to `True`):
+            One projection a tap for the maps of all window sizes; `False` gives every map its own.
+        projection_activation (`str`, *optional*):
+            `"leaky_relu"` (slope 0.01) behind the projections, or `None`.
+        image_feature_layer (`int`, *optional*):
+            The tap that the image embedding is made from, the last one by default. The authors' training code takes
+            the third last tap where PAA is off, and checkpoints trained so need that tap here.
+        etf_loss_coef (`float`, *optional*, defaults to 0.01):
+            Weight of the equiangular tight frame (ETF) term of the loss.
+        router_aux_loss_coef (`float`, *optional*, defaults to 0.01):
+            Weight of the term of the loss that balances the load of the experts.
+        text_config, vision_config, projection_dim, logit_scale_init_value, initializer_factor:
+            As in [`~transformers.CLIPConfig`]. Without any of the first two: the paper's ViT-L/14 at 336 pixels.
+
+    Raises:
+        ValueError: if two settings contradict each other; the message holds both values.
+
+    Example:
+
+    ```python
+    >>> from moeclip_hf import MoECLIPConfig, MoECLIPModel
+
+    >>> config = MoECLIPConfig(num_experts=8)
+    >>> model = MoECLIPModel(config)
+    ```
+    """
+
+    model_type = "moeclip"
+
+    num_experts: int = 4
+    num_experts_per_tok: int = 2
+    lora_rank: int = 8
+    lora_alpha: float | int = 16
+    lora_dropout: float | int = 0.05
+    use_fofs: bool = True
+    moe_layers: list[int] | tuple[int, ...] | None = None
+    residual_weight: float | int = 0.1
+    feature_layers: list[int] | tuple[int, ...] | None = None
+    aggregation_sizes: list[int] | tuple[int, ...] = (1, 3, 5)
+    shared_projections: bool = True
+    projection_activation: str | None = None
+    image_feature_layer: int | None = None
+    etf_loss_coef: float | int = 0.01
+    router_aux_loss_coef: float | int = 0.01
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.text_config is None and self.vision_config is None:
+            self.text_config, self.vision_config = dict(_VIT_L_14_336_TEXT), dict(_VIT_L_14_336_VISION)
+            self.projection_dim = 768
+        super().__post_init__(**kwargs)
+        depth = self.vision_config.num_hidden_layers
+        if self.feature_layers is None:
+            self.feature_layers = _quarters(depth)
+        if self.moe_layers is None:
+            self.moe_layers = [block - 1 for block in _quarters(depth)]
+        self.moe_layers, self.feature_layers = list(self.moe_layers), list(self.feature_layers)
+        self.aggregation_sizes = list(self.aggregation_sizes)
+        if self.image_feature_layer is None and self.feature_layers:
+            self.image_feature_layer = self.feature_layers[-1]
+
+    def validate_architecture(self) -> None:
+        """Refuse settings that contradict each other; part of the validation that `strict` runs."""
+        super().validate_architecture()
+        self._validate_experts()
+        self._validate_layers()
+
+    def _validate_experts(self) -> None:
+        width = self.vision_config.hidden_size
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and num_experts "
+                f"({self.num_experts})."
+            )
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank ({self.lora_rank}) must be at least 1.")
+        if self.use_fofs and width // self.num_experts < self.lora_rank:
+            raise ValueError(
+                f"lora_rank ({self.lora_rank}) exceeds the {width // self.num_experts} features that FOFS gives each of "
+                f"num_experts ({self.num_experts}) of a width of {width}."
+            )
+        for name, low, high in (("lora_dropout", 0, 1), ("residual_weight", 0, 1)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} ({getattr(self, name)}) must lie between {low} and {high}.")
+        for name in ("lora_alpha", "etf_loss_coef", "router_aux_loss_coef"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} ({getattr(self, name)}) must be a finite number, zero or more.")
+        if self.projection_activation not in (None, "leaky_relu"):
+            raise ValueError(f'projection_activation ({self.projection_activation!r}) must be None or "leaky_relu".')
+
+    def _validate_layers(self) -> None:
+        depth = self.vision_config.num_hidden_layers
+        for name, first, last in (("moe_layers", 0, depth - 1), ("feature_layers", 1, depth)):
+            layers = getattr(self, name)
+            if not _is_ascending(layers) or any(not first <= layer <= last for layer in layers):
+                raise ValueError(
+                    f"{name} ({layers}) must ascend within {first} to {last}, as the vision tower has {depth} blocks."
+                )
+        if not self.feature_layers:
+            raise ValueError("feature_layers is empty: name at least one block to take features from.")
+        if self.image_feature_layer not in self.feature_layers:
+            raise ValueError(
+                f"image_feature_layer ({self.image_feature_layer}) must be one of feature_layers ({self.feature_layers})."
+            )
+        sizes = self.aggregation_sizes
+        if not sizes or not _is_ascending(sizes) or any(size < 1 or size % 2 == 0 for size in sizes):
+            raise ValueError(f"aggregation_sizes ({sizes}) must be odd and ascend, such as [1, 3, 5].")
+
+    @property
+    def num_maps(self) -> int:
+        """M, the number of anomaly maps: one a tap and window size."""
+        return len(self.feature_layers) * len(self.aggregation_sizes)
+
+
+__all__ = ["MoECLIPConfig"]

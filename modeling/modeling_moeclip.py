@@ -1,0 +1,446 @@
+"""MoECLIP: a frozen CLIP whose patches are routed to mixtures of LoRA experts (arXiv 2603.03101).
+
+Shapes: B images, N = h x w patches, d vision width, D embedding width, C classes, P sentences, M anomaly maps (one a tap
+and window size), K experts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import CLIPModel
+from transformers import initialization as init
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_moeclip import MoECLIPConfig
+from .loss_moeclip import classification_loss, segmentation_loss
+from .moe_lora import MoELora
+
+# The factor on cosines between patches and anchors.
+_PATCH_LOGIT_SCALE = 100.0
+
+
+@dataclass
+class MoECLIPOutput(ModelOutput):
+    """
+    Output of [`MoECLIPModel`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape (), *optional*, with `labels` or `masks`):
+            `segmentation + classification + etf_loss_coef * etf + router_aux_loss_coef * balance`.
+        losses (`dict[str, torch.FloatTensor]`, *optional*, with `labels` or `masks`):
+            The unweighted terms `segmentation` (with `masks`), `classification` (with `labels`), `etf` and `balance`
+            (the last two are 0 in eval mode).
+        anomaly_logits (`torch.FloatTensor` of shape (B, M, h, w)):
+            `100 (cos t_a - cos t_n)` of every patch; positive where it is nearer to the abnormal anchor. Tap-major: all
+            window sizes of the first tap, then those of the second, and so on.
+        logits_per_image (`torch.FloatTensor` of shape (B, 2)):
+            Products of the image embedding with the normal and the abnormal anchor, within -1 to 1, without a temperature.
+        patch_embeds (`tuple` of M `torch.FloatTensor` of shape (B, N, D)):
+            Patch embeddings of unit length, in the order of `anomaly_logits`.
+        image_embeds (`torch.FloatTensor` of shape (B, D)):
+            Means of unit vectors, not of unit length themselves.
+        text_embeds (`torch.FloatTensor` of shape (C, 2, D)):
+            Anchors of unit length, [normal, abnormal], a pair per class.
+        router_logits (`tuple` of `torch.FloatTensor` of shape (B, N + 1, K), *optional*, on request):
+            One a MoE layer; the class token comes first.
+    """
+
+    loss: torch.FloatTensor | None = None
+    losses: dict[str, torch.FloatTensor] | None = None
+    anomaly_logits: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    patch_embeds: tuple[torch.FloatTensor, ...] | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+
+
+def unit_length(embeds: torch.Tensor) -> torch.Tensor:
+    """Scale vectors (..., D) to length 1; the norm is taken in float32 and a vector of zeros stays zero."""
+    norm = torch.linalg.vector_norm(embeds, dim=-1, keepdim=True, dtype=torch.float32)
+    return (embeds / norm.clamp_min(1e-12)).to(embeds.dtype)
+
+
+def interpolate_position_embeddings(embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """
+    Resample the position embeddings of a square grid to another grid.
+
+    Bicubic with antialiasing, whose cubic kernel (a = -0.5) is not that of the plain one (a = -0.75) even when enlarging.
+    MoECLIP's checkpoints are trained with it; transformers' CLIP uses the plain one.
+
+    Args:
+        embeddings (`torch.Tensor`): (1 + n * n, d), the class token first.
+        height (`int`), width (`int`): h and w, in patches.
+
+    Returns:
+        `torch.Tensor` of shape (1 + h * w, d).
+    """
+    side = round((len(embeddings) - 1) ** 0.5)
+    if (height, width) == (side, side):
+        return embeddings
+    class_token, patches = embeddings[:1], embeddings[1:]
+    grid = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
+    grid = F.interpolate(grid, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([class_token, grid.squeeze(0).flatten(1).T.to(embeddings.dtype)])
+
+
+class MoECLIPVisionEmbeddings(CLIPVisionEmbeddings):
+    """CLIP's patch, class and position embeddings, for any grid."""
+
+    def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        grid = height // self.patch_size, width // self.patch_size
+        return interpolate_position_embeddings(self.position_embedding.weight, *grid).unsqueeze(0)
+
+
+class MoECLIPTextAdapter(nn.Module):
+    """The text adapter, in place of CLIP's text projection: (P, text width) -> (P, D)."""
+
+    def __init__(self, config: MoECLIPConfig):
+        super().__init__()
+        self.projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.activation = nn.LeakyReLU(0.01)
+
+    def forward(self, text_features: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.projection(text_features))
+
+
+class MoECLIPPatchProjection(nn.Module):
+    """Patch average aggregation (PAA) of a tap, post-layernorm and projection to the embedding space."""
+
+    def __init__(self, config: MoECLIPConfig):
+        super().__init__()
+        self.sizes = config.aggregation_sizes
+        self.shared = config.shared_projections
+        num_projections = len(config.feature_layers) if self.shared else config.num_maps
+        self.projections = nn.ModuleList(
+            nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+            for _ in range(num_projections)
+        )
+        self.activation = nn.LeakyReLU(0.01) if config.projection_activation else nn.Identity()
+
+    def forward(self, patches: torch.Tensor, tap: int, layer_norm: nn.LayerNorm) -> list[torch.Tensor]:
+        """
+        Embed one tap's patches at every window size.
+
+        Pooling comes last: centring and projecting are linear and commute with the mean over a window (its zero
+        padding counted), so that one product serves all sizes and only the deviation is taken behind each pooling.
+
+        Args:
+            patches (`torch.Tensor`): (B, h, w, d), a tap without its class token.
+            tap (`int`): the tap's place among the feature layers, from 0.
+            layer_norm (`nn.LayerNorm`): CLIP's post-layernorm.
+
+        Returns:
+            One (B, N, D) of unit vectors a window size.
+        """
+        centred = patches - patches.mean(dim=-1, keepdim=True)
+        embeds, projection = [], None
+        for index, size in enumerate(self.sizes):
+            if projection is None or not self.shared:
+                projection = self.projections[tap if self.shared else tap * len(self.sizes) + index]
+                projected = F.linear(centred * layer_norm.weight, projection.weight)
+                offset = F.linear(layer_norm.bias, projection.weight)
+            norm = torch.linalg.vector_norm(average_pool(centred, size), dim=-1, keepdim=True, dtype=torch.float32)
+            deviation = (norm.square() / centred.shape[-1] + layer_norm.eps).sqrt()
+            normalised = (average_pool(projected, size) / deviation).to(projected.dtype) + offset
+            embeds.append(unit_length(self.activation(normalised)).flatten(1, 2))
+        return embeds
+
+
+def average_pool(grid: torch.Tensor, size: int) -> torch.Tensor:
+    """Mean over the size x size neighbourhood of (B, h, w, channels), zero-padded, the padding counted in the mean."""
+    if size == 1:
+        return grid
+    pooled = F.avg_pool2d(grid.permute(0, 3, 1, 2), size, stride=1, padding=size // 2)
+    return pooled.permute(0, 2, 3, 1)
+
+
+class MoECLIPDepthwiseAdapter(nn.Module):
+    """The image embedding: a depth-wise convolution along the row-major patches, projected, averaged over them."""
+
+    def __init__(self, config: MoECLIPConfig):
+        super().__init__()
+        width = config.vision_config.hidden_size
+        self.layer_norm = nn.LayerNorm(width)
+        self.depthwise = nn.Conv1d(width, width, kernel_size=3, padding="same", groups=width, bias=False)
+        self.activation = nn.GELU()
+        self.pointwise = nn.Linear(width, config.projection_dim, bias=False)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(B, N, d) patches behind the post-layernorm -> (B, D), the mean of unit vectors."""
+        mixed = self.depthwise(self.layer_norm(patches).transpose(1, 2)).transpose(1, 2)
+        return unit_length(self.pointwise(self.activation(mixed))).mean(dim=1)
+
+
+class MoECLIPModel(CLIPModel):
+    """
+    MoECLIP over the two towers of a [`~transformers.CLIPModel`].
+
+    `from_pretrained` takes a MoECLIP checkpoint, or a plain CLIP one of any size: then the MoECLIP parts are reported as
+    new and start as the paper starts them. Call [`~MoECLIPModel.freeze_backbone`] before training.
+
+    Args:
+        config ([`MoECLIPConfig`])
+
+    Example:
+
+    ```python
+    >>> from moeclip_hf import MoECLIPModel, MoECLIPProcessor
+
+    >>> model = MoECLIPModel.from_pretrained("moeclip")
+    >>> processor = MoECLIPProcessor.from_pretrained("moeclip")
+    >>> outputs = model(**processor(images=image, text=["metal nut"], return_tensors="pt"))
+    >>> result = processor.post_process_anomaly_detection(outputs, target_sizes=[(image.height, image.width)])[0]
+    ```
+    """
+
+    config_class = MoECLIPConfig
+    config: MoECLIPConfig
+    base_model_prefix = "moeclip"
+    main_input_name = "pixel_values"
+    _no_split_modules = ("CLIPTextEmbeddings", "CLIPEncoderLayer", "MoECLIPVisionEmbeddings", "MoELora")
+
+    def __init__(self, config: MoECLIPConfig):
+        super().__init__(config)
+        width = config.vision_config.hidden_size
+        self.vision_model.embeddings = MoECLIPVisionEmbeddings(config.vision_config)
+        self.moe_layers = nn.ModuleList(
+            MoELora(
+                width,
+                num_experts=config.num_experts,
+                num_experts_per_tok=config.num_experts_per_tok,
+                rank=config.lora_rank,
+                alpha=config.lora_alpha,
+                dropout=config.lora_dropout,
+                residual_weight=config.residual_weight,
+                use_fofs=config.use_fofs,
+            )
+            for _ in config.moe_layers
+        )
+        self.text_adapter = MoECLIPTextAdapter(config)
+        self.patch_projection = MoECLIPPatchProjection(config)
+        self.depthwise_adapter = MoECLIPDepthwiseAdapter(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MoELora):
+            module.reset_parameters()
+        elif isinstance(module, MoECLIPTextAdapter):
+            _init_by_fan_in(module.projection)
+        elif isinstance(module, MoECLIPPatchProjection):
+            for projection in module.projections:
+                _init_by_fan_in(projection)
+        elif isinstance(module, MoECLIPDepthwiseAdapter):
+            _init_by_fan_in(module.depthwise)
+            _init_by_fan_in(module.pointwise)
+
+    def freeze_backbone(self) -> "MoECLIPModel":
+        """
+        Leave nothing but MoECLIP's own parts to train: router, B (and A without FOFS), projections and both adapters.
+
+        Loading does not keep `requires_grad`, so this is called on a loaded model, before its optimizer is made.
+
+        Returns:
+            The model itself.
+        """
+        self.requires_grad_(False)
+        for part in (self.moe_layers, self.text_adapter, self.patch_projection, self.depthwise_adapter):
+            part.requires_grad_(True)
+        return self
+
+    def get_prompt_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Run the text tower: features of the first end-of-text token behind the final layernorm.
+
+        With a frozen tower they depend on nothing that trains: compute them once a class and pass them to
+        [`~MoECLIPModel.pool_prompt_features`] in every step.
+
+        Args:
+            input_ids (`torch.Tensor`): (P, length).
+            attention_mask (`torch.Tensor`, *optional*): (P, length); attention is causal, so padding changes nothing.
+
+        Returns:
+            `torch.Tensor` of shape (P, text width).
+        """
+        return self.text_model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+
+    def pool_prompt_features(self, prompt_features: torch.Tensor, prompt_groups: torch.Tensor) -> torch.Tensor:
+        """
+        Make the anchors: text adapter, unit length a sentence, mean over a group's sentences, unit length.
+
+        Args:
+            prompt_features (`torch.Tensor`): (P, text width), from [`~MoECLIPModel.get_prompt_features`].
+            prompt_groups (`torch.Tensor`): (P,), 2c for a normal, 2c + 1 for an abnormal sentence of class c.
+
+        Returns:
+            `torch.Tensor` of shape (C, 2, D), [normal, abnormal].
+
+        Raises:
+            ValueError: if a class has no normal or no abnormal sentence.
+        """
+        if prompt_groups.shape != prompt_features.shape[:1]:
+            raise ValueError(
+                f"prompt_groups {tuple(prompt_groups.shape)} must hold one group for each of the "
+                f"{len(prompt_features)} sentences."
+            )
+        num_groups = 2 * (int(prompt_groups.max()) // 2 + 1)
+        counts = prompt_groups.bincount(minlength=num_groups)
+        if not counts.all():
+            raise ValueError(
+                f"Every class needs normal and abnormal sentences; prompt_groups counts {counts.tolist()}."
+            )
+        sentences = unit_length(self.text_adapter(prompt_features))
+        sums = sentences.new_zeros(num_groups, sentences.shape[-1]).index_add(0, prompt_groups, sentences)
+        return unit_length(sums).unflatten(0, (-1, 2))
+
+    def get_text_embeds(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        prompt_groups: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Compute the anchors of some classes, once; pass them back as `text_embeds`.
+
+        Args:
+            input_ids (`torch.Tensor`): (P, length).
+            attention_mask (`torch.Tensor`, *optional*): (P, length).
+            prompt_groups (`torch.Tensor`): (P,), 2c for a normal, 2c + 1 for an abnormal sentence of class c.
+
+        Returns:
+            `torch.Tensor` of shape (C, 2, D), [normal, abnormal].
+        """
+        if prompt_groups is None:
+            raise ValueError("prompt_groups is missing: pass on all that the processor returns for `text`.")
+        return self.pool_prompt_features(self.get_prompt_features(input_ids, attention_mask), prompt_groups)
+
+    def _encode_patches(self, pixel_values: torch.Tensor, output_losses: bool):
+        """Loop over the vision tower's blocks: adapt what is to be adapted, collect the taps."""
+        config, tower = self.config, self.vision_model
+        hidden_states = tower.pre_layrnorm(tower.embeddings(pixel_values, interpolate_pos_encoding=True))
+        taps, adapted = {}, []
+        moe_layers = dict(zip(config.moe_layers, self.moe_layers, strict=True))
+        depth = max(config.feature_layers[-1], *(block + 1 for block in moe_layers), 0)
+        for index, block in enumerate(tower.encoder.layers[:depth]):
+            hidden_states = block(hidden_states, None)
+            if index in moe_layers:
+                adapted.append(moe_layers[index](hidden_states, output_losses))
+                hidden_states = adapted[-1].hidden_states
+            if index + 1 in config.feature_layers:
+                taps[index + 1] = hidden_states[:, 1:]
+        return taps, adapted
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        prompt_groups: torch.LongTensor | None = None,
+        text_embeds: torch.FloatTensor | None = None,
+        class_index: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        masks: torch.Tensor | None = None,
+        output_router_logits: bool = False,
+    ) -> MoECLIPOutput:
+        """
+        Score images against the anchors of their classes.
+
+        Args:
+            pixel_values (`torch.FloatTensor`): (B, 3, H, W), normalised; any size of at least one patch. Pixels beyond the
+                last whole patch are not seen.
+            input_ids, attention_mask, prompt_groups: sentences, as in [`~MoECLIPModel.get_text_embeds`].
+            text_embeds (`torch.FloatTensor`): (C, 2, D), anchors computed before, instead of sentences.
+            class_index (`torch.LongTensor`, *optional*): (B,), the class of each image. Without it: the only class there
+                is, or class j for image j where there are as many classes as images.
+            labels (`torch.LongTensor`, *optional*): (B,), 0 normal or 1 abnormal.
+            masks (`torch.Tensor`, *optional*): (B, H, W) or (B, 1, H, W), 0 normal, anything else abnormal; any H and W.
+            output_router_logits (`bool`): also return the routers' logits.
+            return_dict (`bool`, *optional*): `False` for a tuple.
+
+        Returns:
+            [`MoECLIPOutput`]
+        """
+        if pixel_values is None:
+            raise ValueError("pixel_values is missing: pass on all that the processor returns for `images`.")
+        if text_embeds is None:
+            if input_ids is None:
+                raise ValueError("Pass either input_ids with prompt_groups (sentences) or text_embeds (anchors).")
+            text_embeds = self.get_text_embeds(input_ids, attention_mask, prompt_groups)
+        anchors = _anchors_of_images(text_embeds, class_index, len(pixel_values))
+
+        with_targets = labels is not None or masks is not None
+        taps, adapted = self._encode_patches(pixel_values, output_losses=with_targets and self.training)
+
+        patch_size = self.config.vision_config.patch_size
+        grid = pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
+        layer_norm = self.vision_model.post_layernorm
+        patch_embeds = [
+            embeds
+            for tap, layer in enumerate(self.config.feature_layers)
+            for embeds in self.patch_projection(taps[layer].unflatten(1, grid), tap, layer_norm)
+        ]
+        image_embeds = self.depthwise_adapter(layer_norm(taps[self.config.image_feature_layer]))
+
+        anchors = anchors.to(image_embeds.device, torch.float32)
+        direction = (anchors[:, 1] - anchors[:, 0]).unsqueeze(-1)
+        anomaly_logits = torch.stack(
+            [(embeds.float() @ direction).squeeze(-1).unflatten(1, grid) for embeds in patch_embeds], dim=1
+        )
+        anomaly_logits = _PATCH_LOGIT_SCALE * anomaly_logits
+        logits_per_image = torch.einsum("bd,bsd->bs", image_embeds.float(), anchors)
+
+        losses = self._losses(anomaly_logits, logits_per_image, adapted, labels, masks) if with_targets else None
+        return MoECLIPOutput(
+            loss=self._weighted_sum(losses) if losses else None,
+            losses=losses,
+            anomaly_logits=anomaly_logits,
+            logits_per_image=logits_per_image,
+            patch_embeds=tuple(patch_embeds),
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            router_logits=tuple(layer.router_logits for layer in adapted) if output_router_logits else None,
+        )
+
+    def _losses(self, anomaly_logits, logits_per_image, adapted, labels, masks) -> dict[str, torch.Tensor]:
+        """The unweighted terms that the given targets allow."""
+        losses = {}
+        if masks is not None:
+            losses["segmentation"] = segmentation_loss(anomaly_logits, masks.to(anomaly_logits.device))
+        if labels is not None:
+            losses["classification"] = classification_loss(logits_per_image, labels.to(logits_per_image.device))
+        for name, terms in (("etf", [a.etf_loss for a in adapted]), ("balance", [a.balance_loss for a in adapted])):
+            live = [term.to(anomaly_logits.device) for term in terms if term is not None]
+            losses[name] = torch.stack(live).sum() if live else anomaly_logits.new_zeros(())
+        return losses
+
+    def _weighted_sum(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        """L = L_seg + L_ac + the ETF and the balance term by their coefficients."""
+        weights = {"etf": self.config.etf_loss_coef, "balance": self.config.router_aux_loss_coef}
+        return sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
+
+
+def _init_by_fan_in(module: nn.Linear | nn.Conv1d) -> None:
+    """Draw a weight so that it keeps its input's variance: N(0, 1 / fan-in)."""
+    init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+
+
+def _anchors_of_images(text_embeds: torch.Tensor, class_index: torch.Tensor | None, num_images: int) -> torch.Tensor:
+    """Pick each image's pair of anchors: (C, 2, D) and (B,) give (B, 2, D)."""
+    if text_embeds.dim() != 3 or text_embeds.shape[1] != 2:
+        raise ValueError(f"text_embeds {tuple(text_embeds.shape)} must be (classes, 2, width): [normal, abnormal].")
+    if class_index is not None:
+        return text_embeds[class_index.to(text_embeds.device)]
+    if len(text_embeds) not in (1, num_images):
+        raise ValueError(
+            f"There are {len(text_embeds)} classes and {num_images} images: pass class_index, the class of each image."
+        )
+    return text_embeds.expand(num_images, -1, -1)
+
+
+__all__ = ["MoECLIPModel", "MoECLIPOutput"]
