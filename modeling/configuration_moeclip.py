@@ -1,5 +1,6 @@
 """Configuration of a MoECLIP model."""
 
+from itertools import pairwise
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -24,7 +25,7 @@ def _quarters(depth: int) -> list[int]:
 
 
 def _is_ascending(values: list[int]) -> bool:
-    return all(a < b for a, b in zip(values, values[1:], strict=False))
+    return all(a < b for a, b in pairwise(values))
 
 
 @strict
@@ -133,8 +134,8 @@ class MoECLIPConfig(CLIPConfig):
             raise ValueError(f"lora_rank ({self.lora_rank}) must be at least 1.")
         if self.use_fofs and width // self.num_experts < self.lora_rank:
             raise ValueError(
-                f"lora_rank ({self.lora_rank}) exceeds the {width // self.num_experts} features that FOFS gives each of "
-                f"num_experts ({self.num_experts}) of a width of {width}."
+                f"lora_rank ({self.lora_rank}) exceeds the {width // self.num_experts} features that FOFS gives each "
+                f"of num_experts ({self.num_experts}) of a width of {width}."
             )
         for name, low, high in (("lora_dropout", 0, 1), ("residual_weight", 0, 1)):
             if not low <= getattr(self, name) <= high:
@@ -157,7 +158,8 @@ class MoECLIPConfig(CLIPConfig):
             raise ValueError("feature_layers is empty: name at least one block to take features from.")
         if self.image_feature_layer not in self.feature_layers:
             raise ValueError(
-                f"image_feature_layer ({self.image_feature_layer}) must be one of feature_layers ({self.feature_layers})."
+                f"image_feature_layer ({self.image_feature_layer}) must be one of feature_layers "
+                f"({self.feature_layers})."
             )
         sizes = self.aggregation_sizes
         if not sizes or not _is_ascending(sizes) or any(size < 1 or size % 2 == 0 for size in sizes):

@@ -1,7 +1,7 @@
 """The terms of MoECLIP's objective on scores and masks (arXiv 2603.03101, section 3.5)."""
 
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 _FOCAL_GAMMA = 2
 # Smooths the focal loss's target and keeps its logarithm finite.

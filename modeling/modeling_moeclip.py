@@ -1,14 +1,14 @@
 """MoECLIP: a frozen CLIP whose patches are routed to mixtures of LoRA experts (arXiv 2603.03101).
 
-Shapes: B images, N = h x w patches, d vision width, D embedding width, C classes, P sentences, M anomaly maps (one a tap
-and window size), K experts.
+Shapes: B images, N = h x w patches, d vision width, D embedding width, C classes, P sentences, M anomaly maps (one a
+tap and window size), K experts.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from transformers import CLIPModel
 from transformers import initialization as init
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
@@ -34,10 +34,10 @@ class MoECLIPOutput(ModelOutput):
             The unweighted terms `segmentation` (with `masks`), `classification` (with `labels`), `etf` and `balance`
             (the last two are 0 in eval mode).
         anomaly_logits (`torch.FloatTensor` of shape (B, M, h, w)):
-            `100 (cos t_a - cos t_n)` of every patch; positive where it is nearer to the abnormal anchor. Tap-major: all
-            window sizes of the first tap, then those of the second, and so on.
+            `100 (cos t_a - cos t_n)` of every patch; positive where it is nearer to the abnormal anchor. Tap-major:
+            all window sizes of the first tap, then those of the second, and so on.
         logits_per_image (`torch.FloatTensor` of shape (B, 2)):
-            Products of the image embedding with the normal and the abnormal anchor, within -1 to 1, without a temperature.
+            Products of the image embedding with the normal and the abnormal anchor, -1 to 1, without a temperature.
         patch_embeds (`tuple` of M `torch.FloatTensor` of shape (B, N, D)):
             Patch embeddings of unit length, in the order of `anomaly_logits`.
         image_embeds (`torch.FloatTensor` of shape (B, D)):
@@ -68,8 +68,8 @@ def interpolate_position_embeddings(embeddings: torch.Tensor, height: int, width
     """
     Resample the position embeddings of a square grid to another grid.
 
-    Bicubic with antialiasing, whose cubic kernel (a = -0.5) is not that of the plain one (a = -0.75) even when enlarging.
-    MoECLIP's checkpoints are trained with it; transformers' CLIP uses the plain one.
+    Bicubic with antialiasing, whose cubic kernel (a = -0.5) is not that of the plain one (a = -0.75) even when
+    enlarging. MoECLIP's checkpoints are trained with it; transformers' CLIP uses the plain one.
 
     Args:
         embeddings (`torch.Tensor`): (1 + n * n, d), the class token first.
@@ -179,8 +179,8 @@ class MoECLIPModel(CLIPModel):
     """
     MoECLIP over the two towers of a [`~transformers.CLIPModel`].
 
-    `from_pretrained` takes a MoECLIP checkpoint, or a plain CLIP one of any size: then the MoECLIP parts are reported as
-    new and start as the paper starts them. Call [`~MoECLIPModel.freeze_backbone`] before training.
+    `from_pretrained` takes a MoECLIP checkpoint, or a plain CLIP one of any size: then the MoECLIP parts are reported
+    as new and start as the paper starts them. Call [`~MoECLIPModel.freeze_backbone`] before training.
 
     Args:
         config ([`MoECLIPConfig`])
@@ -352,14 +352,14 @@ class MoECLIPModel(CLIPModel):
         Score images against the anchors of their classes.
 
         Args:
-            pixel_values (`torch.FloatTensor`): (B, 3, H, W), normalised; any size of at least one patch. Pixels beyond the
-                last whole patch are not seen.
+            pixel_values (`torch.FloatTensor`): (B, 3, H, W), normalised; any size of at least one patch. Pixels beyond
+                the last whole patch are not seen.
             input_ids, attention_mask, prompt_groups: sentences, as in [`~MoECLIPModel.get_text_embeds`].
             text_embeds (`torch.FloatTensor`): (C, 2, D), anchors computed before, instead of sentences.
-            class_index (`torch.LongTensor`, *optional*): (B,), the class of each image. Without it: the only class there
-                is, or class j for image j where there are as many classes as images.
+            class_index (`torch.LongTensor`, *optional*): (B,), the class of each image. Without it: the only class
+                there is, or class j for image j where there are as many classes as images.
             labels (`torch.LongTensor`, *optional*): (B,), 0 normal or 1 abnormal.
-            masks (`torch.Tensor`, *optional*): (B, H, W) or (B, 1, H, W), 0 normal, anything else abnormal; any H and W.
+            masks (`torch.Tensor`, *optional*): (B, H, W) or (B, 1, H, W), 0 normal, else abnormal; of any size.
             output_router_logits (`bool`): also return the routers' logits.
             return_dict (`bool`, *optional*): `False` for a tuple.
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from transformers import initialization as init
 
 # Added to norms so that a token whose experts answer with zero stays finite.
@@ -20,8 +20,8 @@ def fofs_projection(num_features: int, num_experts: int, rank: int, generator: t
     Draw the projections of frozen orthogonal feature separation (FOFS).
 
     The features are cut into K contiguous chunks, the first `d mod K` of them one longer. An expert's projection is
-    zero outside its chunk and holds there the transposed Q factor of a Gaussian matrix, so that the rows of all experts
-    are orthonormal: `A_i A_j^T` is the identity for i = j and zero otherwise.
+    zero outside its chunk and holds there the transposed Q factor of a Gaussian matrix, so that the rows of all
+    experts are orthonormal: `A_i A_j^T` is the identity for i = j and zero otherwise.
 
     Args:
         num_features (`int`): d.
@@ -34,8 +34,8 @@ def fofs_projection(num_features: int, num_experts: int, rank: int, generator: t
     """
     if num_features // num_experts < rank:
         raise ValueError(
-            f"rank ({rank}) exceeds the {num_features // num_experts} features that each of num_experts ({num_experts}) "
-            f"gets of {num_features}."
+            f"rank ({rank}) exceeds the {num_features // num_experts} features that each of num_experts "
+            f"({num_experts}) gets of {num_features}."
         )
     projection = torch.zeros(num_experts, rank, num_features)
     start = 0
@@ -66,12 +66,12 @@ def route(router_logits: torch.Tensor, num_experts_per_tok: int) -> tuple[torch.
     return probabilities, weights
 
 
-def expert_codes(hidden_states: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:  # noqa: N803
+def expert_codes(hidden_states: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
     """`A_i x` of all experts in one product: (..., d) and (K, r, d) give (..., K, r)."""
     return F.linear(hidden_states, lora_A.flatten(0, 1)).unflatten(-1, lora_A.shape[:2])
 
 
-def mix_experts(codes: torch.Tensor, lora_B: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:  # noqa: N803
+def mix_experts(codes: torch.Tensor, lora_B: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """`sum_i w_i B_i c_i` in one product: codes (..., K, r), lora_B (K, d, r), weights (..., K) give (..., d)."""
     weighted = (codes * weights.unsqueeze(-1).to(codes.dtype)).flatten(-2)
     return F.linear(weighted, lora_B.transpose(0, 1).flatten(1))
@@ -107,7 +107,7 @@ def balance_loss(probabilities: torch.Tensor) -> torch.Tensor:
     return (load.std() / (load.mean() + 1e-6)) ** 2
 
 
-def expert_gram(codes: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:  # noqa: N803
+def expert_gram(codes: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
     """
     Cosines between the outputs of all experts, token by token, without forming the outputs.
 
@@ -120,7 +120,7 @@ def expert_gram(codes: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:  # n
     Returns:
         `torch.Tensor` of shape (..., K, K), float32; outputs shorter than 1e-6 count as of that length.
     """
-    codes, lora_B = codes.float(), lora_B.float()  # noqa: N806
+    codes, lora_B = codes.float(), lora_B.float()
     products = torch.einsum("idp,jdq->ipjq", lora_B, lora_B)
     gram = torch.einsum("...ip,ipjq,...jq->...ij", codes, products, codes)
     squared_norms = gram.diagonal(dim1=-2, dim2=-1).clamp_min(_NORM_EPS**2)
@@ -128,7 +128,7 @@ def expert_gram(codes: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:  # n
     return gram * inverse_norms.unsqueeze(-1) * inverse_norms.unsqueeze(-2)
 
 
-def etf_loss(codes: torch.Tensor, lora_B: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:  # noqa: N803
+def etf_loss(codes: torch.Tensor, lora_B: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
     """
     Distance of the experts' outputs from a simplex equiangular tight frame (ETF).
 
@@ -182,7 +182,7 @@ class MoELora(nn.Module):
         alpha (`float`): an expert's output is scaled by `alpha / r`.
         dropout (`float`): on the experts' input while training; the router reads the input as it is.
         residual_weight (`float`): lambda.
-        use_fofs (`bool`): frozen orthogonal projections, kept as the buffer `lora_A`, or a trained parameter of that name.
+        use_fofs (`bool`): `lora_A` is a buffer of frozen orthogonal projections, or else a trained parameter.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class MoELora(nn.Module):
         self.use_fofs = use_fofs
         self.router = MoELoraRouter(num_features, num_experts)
         self.dropout = nn.Dropout(dropout)
-        lora_A = torch.empty(num_experts, rank, num_features)  # noqa: N806
+        lora_A = torch.empty(num_experts, rank, num_features)
         if use_fofs:
             self.register_buffer("lora_A", lora_A)
         else:
@@ -211,7 +211,7 @@ class MoELora(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(num_experts, num_features, rank))
 
     def reset_parameters(self) -> None:
-        """Start at zero router and zero B, as the paper does; draw A. What was loaded from a checkpoint is left alone."""
+        """Start at zero router and zero B, as the paper does, and draw A; leave alone what a checkpoint filled."""
         init.zeros_(self.router.weight)
         init.zeros_(self.lora_B)
         if getattr(self.lora_A, "_is_hf_initialized", False):
@@ -234,7 +234,7 @@ class MoELora(nn.Module):
         """
         router_logits = self.router(hidden_states)
         probabilities, weights = route(router_logits, self.num_experts_per_tok)
-        # One mask serves all experts: with FOFS each reads features of its own, so theirs are independent all the same.
+        # One mask serves all experts: with FOFS each reads features of its own, so that theirs are independent.
         codes = expert_codes(self.dropout(hidden_states), self.lora_A)
         update = mix_experts(codes, self.lora_B, weights * self.scaling)
         return MoELoraOutput(

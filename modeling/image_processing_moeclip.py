@@ -1,0 +1,205 @@
+"""Image processor of MoECLIP: any image in, normalised pixels out. PIL and torch alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, load_image
+
+ImageLike = Image.Image | np.ndarray | torch.Tensor | str | Path
+
+# The method feeds OpenAI's ViT-L/14 of 336 pixels with 518, a grid of 37 x 37 patches.
+_METHOD_SIZE = 518
+_MIN_GRID = 3
+_SIXTEEN_TO_EIGHT_BITS = 257
+
+
+class MoECLIPImageProcessor(BaseImageProcessor):
+    """
+    Resizes (bicubic, no crop) and normalises images for [`MoECLIPModel`].
+
+    Args:
+        size (`dict[str, int]`, *optional*, defaults to 518 x 518):
+            `{"height": h, "width": w}` resizes to just that, whatever the aspect ratio, as the benchmarks do.
+            `{"shortest_edge": n}` keeps the aspect ratio; both edges are rounded to whole patches.
+        patch_size (`int`, *optional*, defaults to 14): the vision tower's patch, which sizes are rounded to.
+        image_mean, image_std (`list[float]`, *optional*): per channel; CLIP's by default.
+    """
+
+    model_input_names = ("pixel_values",)
+
+    def __init__(
+        self,
+        size: dict[str, int] | None = None,
+        patch_size: int = 14,
+        image_mean: Sequence[float] = OPENAI_CLIP_MEAN,
+        image_std: Sequence[float] = OPENAI_CLIP_STD,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.size = _checked_size(size or {"height": _METHOD_SIZE, "width": _METHOD_SIZE})
+        self.patch_size = patch_size
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+
+    @classmethod
+    def for_clip(cls, image_size: int, patch_size: int, **kwargs: Any) -> "MoECLIPImageProcessor":
+        """
+        Make the processor for a CLIP: 518 pixels for ViT-L/14 of 336, as the method does, any other CLIP's own size.
+
+        Args:
+            image_size (`int`), patch_size (`int`): of the CLIP's vision tower, in pixels.
+        """
+        edge = _METHOD_SIZE if (image_size, patch_size) == (336, 14) else image_size
+        return cls(size={"height": edge, "width": edge}, patch_size=patch_size, **kwargs)
+
+    def preprocess(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        size: dict[str, int] | None = None,
+        return_tensors: str | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """
+        Prepare images for the model.
+
+        Args:
+            images: one image or several: PIL images of any mode, paths or URLs, arrays or tensors (H x W, H x W x C or
+                C x H x W; integers span their type's range, floats 0 to 1).
+            size (`dict[str, int]`, *optional*): instead of the processor's own.
+            return_tensors (`str`, *optional*): `"pt"`, `"np"` or `None` (a list of arrays).
+
+        Returns:
+            `BatchFeature` with `pixel_values`: (B, 3, H, W), float32.
+
+        Raises:
+            ValueError: for what cannot be read as an image, or where images of unlike shapes keep their aspect ratios.
+        """
+        size = self.size if size is None else _checked_size(size)
+        pixels = [self._normalise(self._resize(to_rgb(image), size)) for image in _as_list(images)]
+        if return_tensors is None:
+            return BatchFeature({"pixel_values": [image.numpy() for image in pixels]})
+        shapes = sorted({tuple(image.shape[1:]) for image in pixels})
+        if len(shapes) != 1:
+            raise ValueError(
+                f"Images of unlike aspect ratios make no batch under size={size}: they become {shapes[0]} and "
+                f"{shapes[-1]} pixels. Pass them one by one, or a size with height and width."
+            )
+        return BatchFeature({"pixel_values": torch.stack(pixels)}, tensor_type=return_tensors)
+
+    def _resize(self, image: Image.Image, size: dict[str, int]) -> Image.Image:
+        if "shortest_edge" in size:
+            scale = size["shortest_edge"] / min(image.size)
+            edges = (max(_MIN_GRID, round(edge * scale / self.patch_size)) * self.patch_size for edge in image.size)
+            return image.resize(tuple(edges), Image.Resampling.BICUBIC)
+        return image.resize((size["width"], size["height"]), Image.Resampling.BICUBIC)
+
+    def _normalise(self, image: Image.Image) -> torch.Tensor:
+        pixels = (
+            torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+        )
+        mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (self.image_mean, self.image_std))
+        return pixels.sub_(mean).div_(std)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """
+    Open an image file upright, as its EXIF orientation tells.
+
+    Raises:
+        ValueError: if the file is missing, or is not an image that can be read to its end.
+    """
+    try:
+        image = Image.open(path)
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file.") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: too many pixels to be read safely ({error}).") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read as an image ({error}).") from error
+
+
+def to_rgb(image: ImageLike) -> Image.Image:
+    """
+    Make an 8-bit RGB image of anything that is an image.
+
+    Transparent pixels are laid over white, 16-bit and floating-point ones are brought to 8 bits, grey, palette and
+    CMYK ones are converted. A path is opened by [`open_image`].
+
+    Raises:
+        ValueError: for what is no image, or holds values outside its range.
+    """
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        return load_image(image)
+    if isinstance(image, (str, Path)):
+        image = open_image(image)
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu().numpy()
+    if isinstance(image, np.ndarray):
+        image = _from_array(image)
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"A {type(image).__name__} is no image: pass a PIL image, a path, an array or a tensor.")
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _from_array(np.array(image))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    """Make a PIL image of H x W, H x W x C or C x H x W values with 1, 3 or 4 channels."""
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
+        raise ValueError(f"An array of shape {array.shape} is no image: it must be H x W or hold 1, 3 or 4 channels.")
+    return Image.fromarray(_to_eight_bits(array))
+
+
+def _to_eight_bits(array: np.ndarray) -> np.ndarray:
+    """Bring an array's values to 0 to 255."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    low, high = float(array.min()), float(array.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError("An image holds NaN or infinite values.")
+    if np.issubdtype(array.dtype, np.floating):
+        scale, top = (255.0, 1.0) if high <= 1 else (1.0, 255.0)
+    else:
+        scale, top = (1.0, 255.0) if high <= 255 else (1 / _SIXTEEN_TO_EIGHT_BITS, 65535.0)
+    if array.dtype == np.uint16:
+        scale, top = 1 / _SIXTEEN_TO_EIGHT_BITS, 65535.0
+    if low < 0 or high > top:
+        raise ValueError(f"An image of {array.dtype} values spans {low:g} to {high:g}: it must lie in 0 to {top:g}.")
+    return np.rint(array * scale).astype(np.uint8)
+
+
+def _as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+        return list(images)
+    if isinstance(images, (list, tuple)):
+        if not images:
+            raise ValueError("There are no images.")
+        return list(images)
+    return [images]
+
+
+def _checked_size(size: dict[str, int]) -> dict[str, int]:
+    if set(size) not in ({"height", "width"}, {"shortest_edge"}) or any(int(edge) < 1 for edge in size.values()):
+        raise ValueError(f'size must be {{"height": h, "width": w}} or {{"shortest_edge": n}} in pixels, not {size}.')
+    return {name: int(edge) for name, edge in size.items()}
+
+
+__all__ = ["MoECLIPImageProcessor", "open_image", "to_rgb"]

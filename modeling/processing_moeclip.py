@@ -1,0 +1,267 @@
+"""Processor of MoECLIP: images and class names in; maps, scores, verdicts and regions out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import logging
+
+from .image_processing_moeclip import ImageLike, MoECLIPImageProcessor
+from .modeling_moeclip import MoECLIPOutput
+
+logger = logging.get_logger(__name__)
+
+# State phrases and sentence templates: 6 normal and 10 abnormal sentences a class, state-major.
+NORMAL_STATES = ("{}", "a {}", "the {}")
+ABNORMAL_STATES = ("a damaged {}", "a broken {}", "a {} with flaw", "a {} with defect", "a {} with damage")
+SENTENCE_TEMPLATES = ("{}.", "a photo of {}.")
+
+# Side and deviation, in patches, of the Gaussian that smooths anomaly maps.
+_BLUR = {"industrial": (7, 1.0), "medical": (9, 1.5)}
+
+
+def compose_prompts(class_name: str) -> tuple[list[str], list[str]]:
+    """Write a class's 6 normal and 10 abnormal sentences."""
+    normal, abnormal = (
+        [template.format(state.format(class_name)) for state in states for template in SENTENCE_TEMPLATES]
+        for states in (NORMAL_STATES, ABNORMAL_STATES)
+    )
+    return normal, abnormal
+
+
+def blur_matrix(length: int, kernel_size: int, sigma: float) -> torch.Tensor:
+    """
+    A Gaussian blur along one edge of a grid, with reflected borders, as a (length, length) matrix.
+
+    Reflection goes on beyond the far border, so that a grid may be smaller than half the kernel.
+    """
+    offsets = torch.arange(kernel_size) - kernel_size // 2
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    period = max(2 * (length - 1), 1)
+    reflected = (torch.arange(length).unsqueeze(1) + offsets).remainder(period)
+    source = torch.minimum(reflected, period - reflected) if length > 1 else torch.zeros_like(reflected)
+    return torch.zeros(length, length).scatter_add_(1, source, kernel.expand(length, -1))
+
+
+class MoECLIPProcessor(ProcessorMixin):
+    """
+    Prepares images and class names for [`MoECLIPModel`], and reads its outputs.
+
+    Args:
+        image_processor ([`MoECLIPImageProcessor`]): that of a plain CLIP is replaced by one without crops.
+        tokenizer ([`~transformers.CLIPTokenizer`])
+        domain (`str`): `"industrial"` or `"medical"`; how strongly maps are smoothed and how scores are made.
+        image_threshold (`float`): a score from here on is a verdict of anomalous, 0 to 1.
+        pixel_threshold (`float`): pixels of a map from here on make up regions, 0 to 1. The default of both, 0.5,
+            is where normal and abnormal are equally likely to the model; calibration sets better ones.
+    """
+
+    def __init__(
+        self,
+        image_processor: MoECLIPImageProcessor | None = None,
+        tokenizer: Any = None,
+        domain: str = "industrial",
+        image_threshold: float = 0.5,
+        pixel_threshold: float = 0.5,
+        **kwargs: Any,
+    ):
+        if image_processor is not None and not hasattr(image_processor, "patch_size"):
+            image_processor = _without_crops(image_processor)
+        self.domain = _checked_domain(domain)
+        self.image_threshold = image_threshold
+        self.pixel_threshold = pixel_threshold
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    def __call__(
+        self,
+        images: ImageLike | Sequence[ImageLike] | None = None,
+        text: str | Sequence[str] | None = None,
+        return_tensors: str | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """
+        Prepare a model's inputs.
+
+        Args:
+            images: one image or several, as [`MoECLIPImageProcessor`] takes them.
+            text (`str` or `list[str]`): class names such as "metal nut"; "object" serves when none is known. A name
+                too long for the text tower is cut, with a warning.
+            return_tensors (`str`, *optional*): `"pt"`, `"np"` or `None`.
+            kwargs: passed to the image processor, such as `size`.
+
+        Returns:
+            `BatchFeature`: `pixel_values` (B, 3, H, W) of the images; of the text `input_ids` and `attention_mask`
+            (P, length) and `prompt_groups` (P,), 2c for a normal and 2c + 1 for an abnormal sentence of class c.
+        """
+        if images is None and text is None:
+            raise ValueError("Pass images, text (class names) or both.")
+        data: dict[str, Any] = {}
+        if images is not None:
+            data.update(self.image_processor(images, return_tensors=return_tensors, **kwargs))
+        if text is not None:
+            data.update(self._encode_class_names([text] if isinstance(text, str) else list(text)))
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _encode_class_names(self, class_names: list[str]) -> dict[str, Any]:
+        sentences, groups = [], []
+        for index, name in enumerate(class_names):
+            if not name.strip():
+                raise ValueError('A class name is empty: use "object" when none is known.')
+            for is_abnormal, prompts in enumerate(compose_prompts(self._fitting_name(name.strip()))):
+                sentences += prompts
+                groups += [2 * index + is_abnormal] * len(prompts)
+        encoded = self.tokenizer(sentences, padding=True)
+        return {**{key: encoded[key] for key in ("input_ids", "attention_mask")}, "prompt_groups": groups}
+
+    def _fitting_name(self, name: str) -> str:
+        """Cut a class name to the length at which its longest sentence still fits the text tower."""
+        normal, abnormal = compose_prompts(name)
+        longest = max(len(ids) for ids in self.tokenizer(normal + abnormal)["input_ids"])
+        excess = longest - self.tokenizer.model_max_length
+        if excess <= 0:
+            return name
+        ends = [
+            end
+            for _, end in self.tokenizer(name, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        ]
+        shortened = name[: ends[len(ends) - excess - 1]] if excess < len(ends) else ""
+        if not shortened.strip():
+            raise ValueError(
+                f"No class name fits sentences of {self.tokenizer.model_max_length} tokens: {name[:60]!r}."
+            )
+        logger.warning(f"The class name {name[:60]!r}... is too long for the text tower; read as {shortened!r}.")
+        return shortened
+
+    def post_process_anomaly_maps(
+        self, outputs: MoECLIPOutput, target_sizes: tuple[int, int], domain: str | None = None
+    ) -> torch.Tensor:
+        """
+        The benchmark's anomaly maps: `(s_a + 1 - s_n) / 2` per map, smoothed on the patch grid, upsampled, summed.
+
+        All three are linear, so one smoothing and one upsampling serve all maps.
+
+        Args:
+            outputs ([`MoECLIPOutput`])
+            target_sizes (`tuple[int, int]`): (H, W) of the maps.
+            domain (`str`, *optional*): instead of the processor's own.
+
+        Returns:
+            `torch.Tensor` of shape (B, H, W), on the benchmark's own scale, which is not 0 to 1.
+        """
+        num_maps = outputs.anomaly_logits.shape[1]
+        grid = (num_maps * self._smoothed_logits(outputs, domain) + num_maps) / 2
+        return _upsample(grid, target_sizes)
+
+    def post_process_anomaly_detection(
+        self,
+        outputs: MoECLIPOutput,
+        target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
+        threshold: float | None = None,
+        pixel_threshold: float | None = None,
+        domain: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """
+        Read a verdict for each image, from that image and the checkpoint alone.
+
+        The map is the probability of abnormal behind the mean of all maps' logits: the benchmark's map on a scale of 0
+        to 1, in the same order. The score is made as the benchmark makes it of values in that range: in industry the
+        mean of the map's maximum and `(cos(image, t_a) + 1) / 2`, in medicine the map's maximum. The maximum is taken
+        over patches, so that a score does not depend on the size of the map.
+
+        Args:
+            outputs ([`MoECLIPOutput`])
+            target_sizes (`list[tuple[int, int]]`, *optional*): (H, W) an image; the patch grid's own by default.
+            threshold (`float`, *optional*): of the verdict, instead of the processor's `image_threshold`.
+            pixel_threshold (`float`, *optional*): of the regions, instead of the processor's own.
+            domain (`str`, *optional*): instead of the processor's own.
+
+        Returns:
+            A dict an image: `score` (`float`, 0 to 1), `map` (`torch.Tensor` of shape (H, W), 0 to 1), `is_anomalous`
+            (`bool`) and `regions`, a list of dicts with `box` ([left, top, right, bottom] in pixels, the last two
+            exclusive), `area` (pixels) and `score` (the map's maximum within), highest score first.
+        """
+        logits = self._smoothed_logits(outputs, domain)
+        if target_sizes is None:
+            target_sizes = [tuple(logits.shape[-2:])] * len(logits)
+        if len(target_sizes) != len(logits):
+            raise ValueError(f"There are {len(target_sizes)} target_sizes for {len(logits)} images.")
+        scores = logits.flatten(1).amax(dim=1).sigmoid()
+        if _checked_domain(domain or self.domain) == "industrial":
+            scores = (scores + ((outputs.logits_per_image[:, 1] + 1) / 2).clamp(0, 1)) / 2
+        threshold = self.image_threshold if threshold is None else threshold
+        pixel_threshold = self.pixel_threshold if pixel_threshold is None else pixel_threshold
+        results = []
+        for grid, score, (height, width) in zip(logits, scores.tolist(), target_sizes, strict=True):
+            anomaly_map = _upsample(grid.unsqueeze(0), (int(height), int(width)))[0].sigmoid()
+            results.append(
+                {
+                    "score": score,
+                    "map": anomaly_map,
+                    "is_anomalous": score >= threshold,
+                    "regions": find_regions(anomaly_map, pixel_threshold),
+                }
+            )
+        return results
+
+    def _smoothed_logits(self, outputs: MoECLIPOutput, domain: str | None) -> torch.Tensor:
+        """Mean of the maps' anomaly logits, smoothed: (B, h, w), float32."""
+        logits = outputs.anomaly_logits.float().mean(dim=1)
+        kernel_size, sigma = _BLUR[_checked_domain(domain or self.domain)]
+        rows, columns = (blur_matrix(length, kernel_size, sigma).to(logits.device) for length in logits.shape[-2:])
+        return rows @ logits @ columns.T
+
+
+def find_regions(anomaly_map: torch.Tensor, threshold: float) -> list[dict[str, Any]]:
+    """
+    Find the connected areas (8 neighbours) of a map at or over a threshold.
+
+    Args:
+        anomaly_map (`torch.Tensor`): (H, W).
+        threshold (`float`)
+
+    Returns:
+        Dicts with `box` ([left, top, right, bottom], the last two exclusive), `area` (pixels) and `score` (the maximum
+        within), highest score first.
+    """
+    from scipy import ndimage
+
+    values = anomaly_map.detach().float().cpu().numpy()
+    labels, _ = ndimage.label(values >= threshold, structure=[[1, 1, 1]] * 3)
+    regions = []
+    for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        inside = labels[rows, columns] == label
+        regions.append(
+            {
+                "box": [columns.start, rows.start, columns.stop, rows.stop],
+                "area": int(inside.sum()),
+                "score": float(values[rows, columns][inside].max()),
+            }
+        )
+    return sorted(regions, key=lambda region: region["score"], reverse=True)
+
+
+def _upsample(grid: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(B, h, w) to (B, H, W): bilinear, corners aligned."""
+    return F.interpolate(grid.unsqueeze(1), size=tuple(size), mode="bilinear", align_corners=True).squeeze(1)
+
+
+def _checked_domain(domain: str) -> str:
+    if domain not in _BLUR:
+        raise ValueError(f'domain must be "industrial" or "medical", not {domain!r}.')
+    return domain
+
+
+def _without_crops(image_processor: Any) -> MoECLIPImageProcessor:
+    """Replace a plain CLIP's image processor, which crops, by one that resizes."""
+    edge = image_processor.crop_size["height"]
+    patch_size = 14 if edge % 14 == 0 and edge % 16 else 16
+    return MoECLIPImageProcessor.for_clip(
+        edge, patch_size, image_mean=image_processor.image_mean, image_std=image_processor.image_std
+    )
+
+
+__all__ = ["MoECLIPProcessor", "blur_matrix", "compose_prompts", "find_regions"]

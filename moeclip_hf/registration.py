@@ -1,0 +1,82 @@
+"""Makes MoECLIP known to transformers' Auto classes without importing transformers.
+
+`import moeclip_hf` has to register with the Auto classes, and importing those takes seconds that `moeclip --help`
+should not. The Auto classes themselves are lazy: they hold names, and import `transformers.models.<model type>` when a
+name is first used. So MoECLIP's names join theirs once their modules are imported, by whomever, and this package
+answers as `transformers.models.moeclip`. Where the Auto classes are there already, the classes are registered at once.
+"""
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+_MODEL_TYPE = "moeclip"
+# Under both backends, lest an environment with torchvision look for another class.
+_IMAGE_PROCESSORS = {"pil": "MoECLIPImageProcessor", "torchvision": "MoECLIPImageProcessor"}
+_NAMES: dict[str, tuple[str, Any]] = {
+    "transformers.models.auto.configuration_auto": ("CONFIG_MAPPING_NAMES", "MoECLIPConfig"),
+    "transformers.models.auto.modeling_auto": ("MODEL_MAPPING_NAMES", "MoECLIPModel"),
+    "transformers.models.auto.image_processing_auto": ("IMAGE_PROCESSOR_MAPPING_NAMES", _IMAGE_PROCESSORS),
+    "transformers.models.auto.processing_auto": ("PROCESSOR_MAPPING_NAMES", "MoECLIPProcessor"),
+}
+
+
+class _NamingLoader(importlib.abc.Loader):
+    """Loads a module of the Auto classes as its own loader would, then adds MoECLIP's name to its table."""
+
+    def __init__(self, loader: importlib.abc.Loader):
+        self.loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        table, name = _NAMES[module.__name__]
+        getattr(module, table)[_MODEL_TYPE] = name
+
+
+class _NamingFinder(importlib.abc.MetaPathFinder):
+    """Finds the modules whose tables MoECLIP's names are to join."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name not in _NAMES:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _NamingLoader(spec.loader)
+        return spec
+
+
+def _register_now() -> None:
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+
+    from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
+    from moeclip_hf.modeling.image_processing_moeclip import MoECLIPImageProcessor
+    from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
+    from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
+
+    image_processors = dict.fromkeys(_IMAGE_PROCESSORS, MoECLIPImageProcessor)
+    AutoConfig.register(_MODEL_TYPE, MoECLIPConfig, exist_ok=True)
+    AutoModel.register(MoECLIPConfig, MoECLIPModel, exist_ok=True)
+    AutoImageProcessor.register(MoECLIPConfig, image_processor_classes=image_processors, exist_ok=True)
+    AutoProcessor.register(MoECLIPConfig, MoECLIPProcessor, exist_ok=True)
+
+
+def register(package: ModuleType) -> None:
+    """
+    Register with the Auto classes, now or when they are imported.
+
+    Args:
+        package (`ModuleType`): `moeclip_hf`, which gives the classes by name.
+    """
+    if "transformers.models.auto.configuration_auto" in sys.modules:
+        _register_now()
+    else:
+        sys.modules[f"transformers.models.{_MODEL_TYPE}"] = package
+        sys.meta_path.insert(0, _NamingFinder())
