@@ -1,0 +1,199 @@
+"""Where data sets keep images and masks on disk: most of them are one description of folders, VisA is a table."""
+
+import csv
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from moeclip_hf.errors import DatasetError
+
+IsClass = Callable[[str], bool]
+"""Tells from the name of a class folder whether it is wanted."""
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """An image of a tree with its label and mask, before a benchmark gives it a class and a prompt.
+
+    Attributes:
+        folder: name of the class folder, empty where the root itself holds the only class.
+        image: the image file.
+        label: 0 normal, 1 anomalous.
+        mask: the mask file; None for a normal image, and for an anomalous one whose mask is not there.
+    """
+
+    folder: str
+    image: Path
+    label: int
+    mask: Path | None
+
+
+class Layout(Protocol):
+    """A way to keep a data set on disk."""
+
+    def matches(self, root: Path, is_class: IsClass) -> bool:
+        """Whether `root` is the root of a data set kept this way that has one of the wanted classes."""
+        ...
+
+    def read(self, root: Path, split: str, is_class: IsClass) -> list[Sample]:
+        """The images of a split whose class folder is wanted, sorted by class folder and path."""
+        ...
+
+    def describe(self) -> str:
+        """What `matches` looks for, for messages."""
+        ...
+
+
+@dataclass(frozen=True)
+class FolderLayout:
+    """Normal images, anomalous images and masks in folders of their own, beneath each class's folder.
+
+    Paths are relative to the class's folder. `{defect}` in `anomalous` stands for every folder but `normal`, and for
+    the same folder in `masks`. The mask of `{stem}.*` is `{stem}.*` or `{stem}_mask.*`, whatever the suffixes.
+
+    Attributes:
+        normal: folder of the normal test images, None where a data set has none.
+        anomalous: folder, or folders, of the anomalous test images.
+        masks: folder of the masks, None where a data set has none.
+        train: folder of the normal training images, None where a data set has none.
+        class_folders: whether the root holds one folder a class, or is itself the only class.
+    """
+
+    normal: str | None
+    anomalous: str
+    masks: str | None
+    train: str | None = None
+    class_folders: bool = True
+
+    def matches(self, root: Path, is_class: IsClass) -> bool:
+        """Whether the root, or a wanted class's folder in it, holds the folder that tells this layout."""
+        return bool(self._class_folders(root, is_class))
+
+    def read(self, root: Path, split: str, is_class: IsClass) -> list[Sample]:
+        """The images of a split whose class folder is wanted, sorted by class folder and path.
+
+        Raises:
+            DatasetError: the split has no images here, or one image has two masks.
+        """
+        readers = {"test": self._read_test, "train": self._read_train}
+        if split not in readers:
+            raise DatasetError(f"no split '{split}': a tree of folders has 'test' and 'train'")
+        read_class = readers[split]
+        samples = [
+            sample for name, folder in self._class_folders(root, is_class) for sample in read_class(name, folder)
+        ]
+        if not samples:
+            looked_for = self.describe() if split == "test" else self.train or "nothing, this layout has none"
+            raise DatasetError(f"{root} has no images for split '{split}': looked for {looked_for}")
+        return samples
+
+    def describe(self) -> str:
+        """The folder that tells this layout, such as `<class>/test/good`."""
+        prefix = "<class>/" if self.class_folders else ""
+        return f"{prefix}{self.normal or self.anomalous}"
+
+    def _class_folders(self, root: Path, is_class: IsClass) -> list[tuple[str, Path]]:
+        if self.class_folders:
+            folders = [(folder.name, folder) for folder in subfolders(root) if is_class(folder.name)]
+        else:
+            folders = [("", root)]
+        return [(name, folder) for name, folder in folders if (folder / (self.normal or self.anomalous)).is_dir()]
+
+    def _read_train(self, name: str, folder: Path) -> Iterator[Sample]:
+        if self.train is not None:
+            yield from (Sample(name, image, 0, None) for image in list_images(folder / self.train))
+
+    def _read_test(self, name: str, folder: Path) -> Iterator[Sample]:
+        labelled = [(folder / self.normal, 0)] if self.normal else []
+        labelled += [(images, 1) for images in self._anomalous_folders(folder)]
+        for images, label in sorted(labelled):
+            masks = self._masks_by_stem(folder, images.name) if label else {}
+            for image in list_images(images):
+                mask = masks.get(image.stem) or masks.get(f"{image.stem}_mask")
+                yield Sample(name, image, label, mask)
+
+    def _anomalous_folders(self, folder: Path) -> list[Path]:
+        if "{defect}" not in self.anomalous:
+            return [folder / self.anomalous]
+        normal = folder / self.normal if self.normal else None
+        return [images for images in subfolders(folder / Path(self.anomalous).parent) if images != normal]
+
+    def _masks_by_stem(self, folder: Path, defect: str) -> dict[str, Path]:
+        if self.masks is None:
+            return {}
+        masks: dict[str, Path] = {}
+        for mask in list_images(folder / self.masks.format(defect=defect)):
+            if mask.stem in masks:
+                raise DatasetError(f"two masks for one image, remove one: {masks[mask.stem]} and {mask}")
+            masks[mask.stem] = mask
+        return masks
+
+
+@dataclass(frozen=True)
+class VisaTable:
+    """VisA as released: the table `split_csv/1cls.csv` (object, split, label, image, mask) names every file."""
+
+    table: str = "split_csv/1cls.csv"
+
+    def matches(self, root: Path, is_class: IsClass) -> bool:
+        """Whether the table is there."""
+        return (root / self.table).is_file()
+
+    def read(self, root: Path, split: str, is_class: IsClass) -> list[Sample]:
+        """The images whose row has this split and a wanted object, sorted by class folder and path.
+
+        Raises:
+            DatasetError: the table lacks a column, or knows no such split.
+        """
+        path = root / self.table
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            try:
+                samples = [
+                    Sample(
+                        row["object"], root / row["image"], int(row["label"] != "normal"), _optional(root, row["mask"])
+                    )
+                    for row in csv.DictReader(file)
+                    if row["split"] == split and is_class(row["object"])
+                ]
+            except KeyError as error:
+                raise DatasetError(
+                    f"{path} has no column {error}; expected object, split, label, image, mask"
+                ) from None
+        if not samples:
+            raise DatasetError(f"{path} has no row with split '{split}'")
+        return sorted(samples, key=lambda sample: (sample.folder, sample.image))
+
+    def describe(self) -> str:
+        """The table's path."""
+        return self.table
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The files of a folder with an image suffix, sorted by name, without hidden ones; none if there is no folder."""
+    if not folder.is_dir():
+        return []
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    return [folder / name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted by name, hidden ones left out; none if there is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+
+def _optional(root: Path, path: str | None) -> Path | None:
+    return root / path if path else None
+
+
+MVTEC = FolderLayout("test/good", "test/{defect}", "ground_truth/{defect}", train="train/good")
+BTAD = FolderLayout("test/ok", "test/ko", "ground_truth/ko", train="train/ok")
+BMAD = FolderLayout("test/good/img", "test/Ungood/img", "test/Ungood/label", train="train/good", class_folders=False)
+HEADCT = FolderLayout("test/good", "test/defect", None, train="train/good", class_folders=False)
+POLYPS = FolderLayout(None, "images", "masks", class_folders=False)
+ENDO = FolderLayout(None, "test dataset/images", "test dataset/masks", class_folders=False)

@@ -1,0 +1,115 @@
+"""Data sets that are a tree of folders: the benchmarks, and folders of one's own."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from moeclip_hf.data.layouts import MVTEC, FolderLayout, IsClass, Layout, Sample, subfolders
+from moeclip_hf.data.records import Record
+from moeclip_hf.data.registry import Benchmark, Domain, plain_columns
+from moeclip_hf.errors import DatasetError
+
+OWN_LAYOUTS: tuple[Layout, ...] = (
+    FolderLayout("normal", "abnormal", "masks", class_folders=False),
+    FolderLayout(MVTEC.normal, MVTEC.anomalous, MVTEC.masks, MVTEC.train, class_folders=False),
+    FolderLayout("normal", "abnormal", "masks"),
+    MVTEC,
+    FolderLayout(".", "abnormal", "masks", class_folders=False),
+)
+"""How a folder of one's own may be kept: one class or a folder a class, plain or as MVTec AD; at last, just images."""
+
+
+def locate_benchmark(benchmark: Benchmark, data_dir: Path, is_class: IsClass | None = None) -> tuple[Path, Layout]:
+    """Find a benchmark's root, and the layout it is kept in, in or beneath a folder.
+
+    Args:
+        benchmark: what to look for.
+        data_dir: the benchmark's root, or a folder that holds it under its name or an alias, directly or once more
+            nested.
+        is_class: tells the class folders that are wanted; all of the benchmark's by default.
+
+    Raises:
+        DatasetError: the folder is not there or holds no such tree; the message says what was looked for.
+    """
+    if not data_dir.is_dir():
+        raise DatasetError(f"no such folder: {data_dir}")
+    wanted = is_class or (lambda folder: benchmark.class_name(folder) in benchmark.classes)
+    named = [child for child in subfolders(data_dir) if benchmark.is_name(child.name)]
+    nested = [child for folder in named for child in subfolders(folder) if benchmark.is_name(child.name)]
+    for root in (data_dir, *named, *nested):
+        for layout in benchmark.layouts:
+            if layout.matches(root, wanted):
+                return root, layout
+    trees = " or ".join(layout.describe() for layout in benchmark.layouts)
+    names = ", ".join(dict.fromkeys((benchmark.name, *benchmark.aliases)))
+    raise DatasetError(f"no {benchmark.name} in {data_dir}: looked for {trees} there and in its folders named {names}")
+
+
+def benchmark_records(
+    benchmark: Benchmark, data_dir: Path, split: str = "test", classes: Collection[str] | None = None
+) -> list[Record]:
+    """The images of a benchmark's split, sorted by class folder and path.
+
+    Args:
+        benchmark: what to read.
+        data_dir: its root, or a folder that holds it under its name or an alias.
+        split: "test", or "train" for the normal training images where a tree has them.
+        classes: the classes to read, all by default.
+
+    Raises:
+        DatasetError: no such tree, class or split; classes that are missing on disk; an image with two masks.
+    """
+    classes = benchmark.classes if classes is None else classes
+    if unknown := sorted(set(classes) - set(benchmark.classes)):
+        raise DatasetError(
+            f"{benchmark.name} has no class {', '.join(unknown)}; it has {', '.join(benchmark.classes)}"
+        )
+
+    def is_class(folder: str) -> bool:
+        return benchmark.class_name(folder) in classes
+
+    root, layout = locate_benchmark(benchmark, data_dir, is_class)
+    records = [
+        _record(root, sample, benchmark.columns(sample.folder, sample.folder))
+        for sample in layout.read(root, split, is_class)
+    ]
+    if missing := sorted(set(classes) - {record.class_name for record in records}):
+        raise DatasetError(
+            f"{root} lacks {benchmark.name}'s {', '.join(missing)}; name the classes to read without them"
+        )
+    return records
+
+
+def folder_records(root: Path, split: str, class_name: str, domain: Domain) -> list[Record]:
+    """The images of a folder of one's own, sorted by class folder and path.
+
+    Args:
+        root: a folder in one of `OWN_LAYOUTS`.
+        split: "test", or "train" for `train/good` of a tree as MVTec AD's.
+        class_name: class of the images where there is no folder a class.
+        domain: "industrial" or "medical".
+
+    Raises:
+        DatasetError: the folder is not there, or holds no images in any of these layouts.
+    """
+    if not root.is_dir():
+        raise DatasetError(f"no such folder: {root}")
+    layout = next(layout for layout in OWN_LAYOUTS if layout.matches(root, lambda folder: True))
+    try:
+        samples = layout.read(root, split, lambda folder: True)
+    except DatasetError:
+        if layout is not OWN_LAYOUTS[-1]:
+            raise
+        looked_for = ", ".join(layout.describe() for layout in OWN_LAYOUTS[:-1])
+        raise DatasetError(f"no images in {root}: looked for {looked_for}, and for images in it") from None
+    dataset = root.resolve().name
+    return [_record(root, sample, plain_columns(dataset, sample.folder or class_name, domain)) for sample in samples]
+
+
+def _record(root: Path, sample: Sample, columns: dict[str, str]) -> Record:
+    return Record(
+        image=str(sample.image),
+        mask=str(sample.mask) if sample.mask else None,
+        label=sample.label,
+        image_path=sample.image.relative_to(root).as_posix(),
+        **columns,
+    )
