@@ -6,6 +6,7 @@ import typer
 
 from moeclip_hf._version import __version__
 from moeclip_hf.cli.benchmarks import benchmarks
+from moeclip_hf.cli.predict import predict
 from moeclip_hf.errors import MoECLIPError
 
 app = typer.Typer(
@@ -16,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.command()(predict)
 app.add_typer(benchmarks, name="benchmarks")
 
 
@@ -27,7 +29,9 @@ def _print_version(value: bool) -> None:
 
 @app.callback()
 def options(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
+    ),
 ) -> None:
     """Hold the options that stand before a subcommand."""
 

@@ -1,0 +1,172 @@
+"""`moeclip predict`: scores, verdicts and heat maps for images."""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from moeclip_hf.prediction import Prediction
+
+# Overlays waiting to be written at most, so that memory does not grow with the number of images.
+_WRITES_AHEAD = 8
+
+
+class MapFormat(str, Enum):
+    """How raw maps are written: 16-bit grey PNG (0 to 65535 for 0 to 1) or NumPy's float32."""
+
+    png = "png"
+    npy = "npy"
+
+
+class Dtype(str, Enum):
+    """Types that a model can compute in."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def predict(
+    images: Annotated[list[str], typer.Argument(help="Files, folders and glob patterns.", show_default=False)],
+    class_name: Annotated[str, typer.Option(help='What the images show, such as "metal nut".')] = "object",
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint folder or Hub id.", show_default="the embedded demonstration")
+    ] = None,
+    output_dir: Annotated[Path, typer.Option(help="Where overlays and maps are written.")] = Path("moeclip-output"),
+    overlays: Annotated[bool, typer.Option(help="Write a picture with the heat map over each image.")] = True,
+    maps: Annotated[
+        MapFormat | None, typer.Option(help="Also write raw maps, as 16-bit PNG or NumPy file.", show_default="none")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Score from which on an image is anomalous.", show_default="the checkpoint's")
+    ] = None,
+    pixel_threshold: Annotated[
+        float | None,
+        typer.Option(help="Map value from which on pixels make regions.", show_default="the checkpoint's"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images computed at once; no score depends on it.")] = 8,
+    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.", show_default="the best there is")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Type to compute in.", show_default="float16 on CUDA, else float32")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON an image, not a table.")] = False,
+) -> None:
+    """Score images, tell which are anomalous, and draw where.
+
+    Each score lies in 0 to 1 and depends on its image and the checkpoint alone. A file that cannot be read is named,
+    the rest is done, and the exit status is 1.
+    """
+    from rich.console import Console
+    from rich.progress import track
+    from transformers.utils import logging
+
+    from moeclip_hf.prediction import find_images
+    from moeclip_hf.prediction import predict as predict_files
+    from moeclip_hf.pretrained import load_pretrained
+
+    logging.disable_progress_bar()
+    errors = Console(stderr=True)
+    paths = find_images(images, exclude=output_dir)
+    pretrained = load_pretrained(model, device, dtype.value if dtype else None)
+    names = _output_names(paths)
+    predictions = predict_files(pretrained, paths, class_name, batch_size, threshold, pixel_threshold)
+    threshold = pretrained.processor.image_threshold if threshold is None else threshold
+
+    rows: list[dict[str, Any]] = []
+    pending: list[Any] = []
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as writer:
+        for prediction in track(predictions, "scoring", len(paths), console=errors, transient=True):
+            row = _describe(prediction, class_name, threshold)
+            if prediction.error is None:
+                stem = output_dir / names[prediction.path]
+                targets = {
+                    "overlay": stem.with_name(f"{stem.name}_overlay.png") if overlays else None,
+                    "map": stem.with_name(f"{stem.name}_map.{maps.value}") if maps else None,
+                }
+                row |= {name: str(target) for name, target in targets.items() if target}
+                pending.append(writer.submit(_write, prediction, **targets))
+                while len(pending) > _WRITES_AHEAD:
+                    pending.pop(0).result()
+            else:
+                typer.echo(f"moeclip: {_printable(prediction.error)}", err=True)
+            if as_json:
+                print(json.dumps(row), flush=True)
+            else:
+                rows.append({key: row.get(key) for key in ("image", "score", "is_anomalous")})
+        for write in pending:
+            write.result()
+
+    if not as_json:
+        _print_table(rows, threshold, class_name)
+        if overlays or maps:
+            typer.echo(f"Written to {output_dir}{'' if output_dir.is_absolute() else ' (in this folder)'}")
+    if any(row["score"] is None for row in rows):
+        sys.exit(1)
+
+
+def _output_names(paths: list[Path]) -> dict[Path, Path]:
+    """Name each image's results: by its stem where that is unique, else by its whole path below the common folder."""
+    import os
+
+    stems = [path.stem for path in paths]
+    if len(set(stems)) == len(paths):
+        return dict(zip(paths, map(Path, stems), strict=True))
+    absolute = [path.absolute() for path in paths]
+    common = os.path.commonpath([path.parent for path in absolute])
+    return {path: full.relative_to(common) for path, full in zip(paths, absolute, strict=True)}
+
+
+def _describe(prediction: "Prediction", class_name: str, threshold: float) -> dict[str, Any]:
+    row: dict[str, Any] = {"image": str(prediction.path), "class_name": class_name, "score": prediction.score}
+    if prediction.error is not None:
+        return row | {"error": prediction.error}
+    size = {"width": prediction.image.width, "height": prediction.image.height} if prediction.image else {}
+    return row | {
+        "threshold": threshold,
+        "is_anomalous": prediction.is_anomalous,
+        "regions": prediction.regions,
+        **size,
+    }
+
+
+def _write(prediction: "Prediction", overlay: Path | None, map: Path | None) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from moeclip_hf.visualization import draw_overlay
+
+    for target in filter(None, (overlay, map)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    if overlay:
+        picture = draw_overlay(prediction.image, prediction.anomaly_map, prediction.regions)
+        picture.save(overlay, compress_level=1)
+    if map and map.suffix == ".npy":
+        np.save(map, prediction.anomaly_map)
+    elif map:
+        Image.fromarray(np.rint(prediction.anomaly_map * 65535).astype(np.uint16)).save(map)
+
+
+def _printable(text: str) -> str:
+    """File names can hold what no terminal prints."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").replace("\n", "\\n")
+
+
+def _print_table(rows: list[dict[str, Any]], threshold: float, class_name: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("image", "score", "verdict", title=f"{class_name} (anomalous from {threshold:.3f})")
+    for row in rows:
+        if row["score"] is None:
+            score, verdict = Text("-"), Text("unreadable", "yellow")
+        else:
+            score = Text(f"{row['score']:.4f}")
+            verdict = Text("anomalous", "bold red") if row["is_anomalous"] else Text("normal", "green")
+        table.add_row(Text(_printable(row["image"])), score, verdict)
+    Console().print(table)

@@ -1,0 +1,161 @@
+"""Scores, verdicts and maps for image files, read ahead and computed in batches."""
+
+import glob
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from moeclip_hf.errors import MoECLIPError, UnreadableImageError
+from moeclip_hf.modeling.image_processing_moeclip import to_rgb
+from moeclip_hf.pretrained import Pretrained
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+
+@dataclass
+class Prediction:
+    """
+    What was found in one file.
+
+    Args:
+        path: of the file.
+        image: upright, RGB; `None` if the file cannot be read.
+        score: 0 to 1, from this image and the checkpoint alone.
+        is_anomalous: whether the score reaches the threshold.
+        anomaly_map: (H, W) of the image, 0 to 1, float32.
+        regions: dicts with `box` ([left, top, right, bottom]), `area` and `score`.
+        error: why the file cannot be read.
+    """
+
+    path: Path
+    image: Image.Image | None = None
+    score: float | None = None
+    is_anomalous: bool | None = None
+    anomaly_map: np.ndarray | None = None
+    regions: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None
+
+
+def find_images(sources: Iterable[str | Path], exclude: Path | None = None) -> list[Path]:
+    """
+    List image files.
+
+    Args:
+        sources: files (taken whatever their suffix), folders (searched with all below them) and glob patterns.
+        exclude (*optional*): a folder whose files are passed over, such as one that results are written to.
+
+    Raises:
+        MoECLIPError: for a folder or a pattern without images.
+    """
+    found: dict[Path, None] = {}
+    for source in map(str, sources):
+        path = Path(source)
+        if path.is_dir():
+            files = sorted(
+                file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+            )
+            if exclude is not None:
+                files = [file for file in files if exclude.resolve() not in file.resolve().parents]
+        elif glob.has_magic(source) and not path.exists():
+            files = sorted(Path(file) for file in glob.glob(source, recursive=True) if Path(file).is_file())
+        else:
+            files = [path]
+        if not files:
+            raise MoECLIPError(f"{source}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def read_image(path: Path) -> Image.Image:
+    """
+    Read an image file upright and in RGB.
+
+    Raises:
+        UnreadableImageError: naming the file and the reason.
+    """
+    try:
+        return to_rgb(path)
+    except (ValueError, OSError, MemoryError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImageError(reason if str(path) in reason else f"{path}: {reason}") from error
+
+
+def predict(
+    pretrained: Pretrained,
+    paths: Iterable[Path],
+    class_name: str = "object",
+    batch_size: int = 8,
+    threshold: float | None = None,
+    pixel_threshold: float | None = None,
+) -> Iterator[Prediction]:
+    """
+    Score image files, one after the other and in order, while the next ones are being read.
+
+    A file that cannot be read yields a prediction with its `error`; the rest goes on.
+
+    Args:
+        pretrained ([`Pretrained`]): from [`load_pretrained`].
+        paths: of the files.
+        class_name (`str`): what the images show, such as "metal nut".
+        batch_size (`int`): images computed at once; no score depends on it.
+        threshold, pixel_threshold (`float`, *optional*): of verdicts and regions, instead of the processor's.
+    """
+    model, processor = pretrained
+    anchors = class_anchors(pretrained, class_name)
+    for batch in _batches(_read_ahead(paths, 2 * batch_size), batch_size):
+        readable = [prediction for prediction in batch if prediction.image is not None]
+        if readable:
+            images = [prediction.image for prediction in readable]
+            pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
+            with torch.inference_mode():
+                outputs = model(pixel_values.to(model.device, model.dtype), text_embeds=anchors)
+            sizes = [(image.height, image.width) for image in images]
+            results = processor.post_process_anomaly_detection(outputs, sizes, threshold, pixel_threshold)
+            for prediction, result in zip(readable, results, strict=True):
+                prediction.score = result["score"]
+                prediction.is_anomalous = result["is_anomalous"]
+                prediction.anomaly_map = result["map"].cpu().numpy()
+                prediction.regions = result["regions"]
+        yield from batch
+
+
+def class_anchors(pretrained: Pretrained, class_name: str) -> torch.Tensor:
+    """Anchors of one class, (1, 2, D), computed once for all its images."""
+    model, processor = pretrained
+    try:
+        prompts = processor(text=[class_name], return_tensors="pt").to(model.device)
+    except ValueError as error:
+        raise MoECLIPError(f"class name {class_name[:60]!r}: {error}") from error
+    with torch.inference_mode():
+        return model.get_text_embeds(**prompts)
+
+
+def _read(path: Path) -> Prediction:
+    try:
+        return Prediction(path, read_image(path))
+    except UnreadableImageError as error:
+        return Prediction(path, error=str(error))
+
+
+def _read_ahead(paths: Iterable[Path], depth: int) -> Iterator[Prediction]:
+    """Read files in order, up to `depth` of them before they are asked for."""
+    remaining = iter(paths)
+    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="reader") as readers:
+        pending: deque[Future[Prediction]] = deque(readers.submit(_read, path) for path in islice(remaining, depth))
+        while pending:
+            yield pending.popleft().result()
+            pending.extend(readers.submit(_read, path) for path in islice(remaining, 1))
+
+
+def _batches(predictions: Iterable[Prediction], size: int) -> Iterator[list[Prediction]]:
+    remaining = iter(predictions)
+    while batch := list(islice(remaining, size)):
+        yield batch
