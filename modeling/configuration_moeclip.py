@@ -19,7 +19,7 @@ _VIT_L_14_336_VISION = {
 }
 
 
-def _quarters(depth: int) -> list[int]:
+def quarters(depth: int) -> list[int]:
     """The blocks at the quarters of a tower's depth, counted from 1: `[6, 12, 18, 24]` for 24 blocks."""
     return sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3, 4)})
 
@@ -109,9 +109,9 @@ class MoECLIPConfig(CLIPConfig):
         super().__post_init__(**kwargs)
         depth = self.vision_config.num_hidden_layers
         if self.feature_layers is None:
-            self.feature_layers = _quarters(depth)
+            self.feature_layers = quarters(depth)
         if self.moe_layers is None:
-            self.moe_layers = [block - 1 for block in _quarters(depth)]
+            self.moe_layers = [block - 1 for block in quarters(depth)]
         self.moe_layers, self.feature_layers = list(self.moe_layers), list(self.feature_layers)
         self.aggregation_sizes = list(self.aggregation_sizes)
         if self.image_feature_layer is None and self.feature_layers:

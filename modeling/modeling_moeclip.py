@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_moeclip import MoECLIPConfig
 from .loss_moeclip import classification_loss, segmentation_loss
-from .moe_lora import MoELora
+from .moe_lora import MoELora, record_outputs
 
 # The factor on cosines between patches and anchors.
 _PATCH_LOGIT_SCALE = 100.0
@@ -323,16 +323,18 @@ class MoECLIPModel(CLIPModel):
         """Loop over the vision tower's blocks: adapt what is to be adapted, collect the taps."""
         config, tower = self.config, self.vision_model
         hidden_states = tower.pre_layrnorm(tower.embeddings(pixel_values, interpolate_pos_encoding=True))
-        taps, adapted = {}, []
+        taps = {}
         moe_layers = dict(zip(config.moe_layers, self.moe_layers, strict=True))
         depth = max(config.feature_layers[-1], *(block + 1 for block in moe_layers), 0)
-        for index, block in enumerate(tower.encoder.layers[:depth]):
-            hidden_states = block(hidden_states, None)
-            if index in moe_layers:
-                adapted.append(moe_layers[index](hidden_states, output_losses))
-                hidden_states = adapted[-1].hidden_states
-            if index + 1 in config.feature_layers:
-                taps[index + 1] = hidden_states[:, 1:]
+        # A block that a PEFT adapter wraps returns what its experts made of it, and records the rest.
+        with record_outputs(tower) as adapted:
+            for index, block in enumerate(tower.encoder.layers[:depth]):
+                hidden_states = block(hidden_states, None)
+                if index in moe_layers:
+                    adapted.append(moe_layers[index](hidden_states, output_losses))
+                    hidden_states = adapted[-1].hidden_states
+                if index + 1 in config.feature_layers:
+                    taps[index + 1] = hidden_states[:, 1:]
         return taps, adapted
 
     @can_return_tuple

@@ -4,6 +4,8 @@ The one home of this maths: pure functions, and `MoELora`, the module that holds
 leading dimensions (images, tokens), d features, K experts, r the rank of an expert.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -150,7 +152,15 @@ def etf_loss(codes: torch.Tensor, lora_B: torch.Tensor, scaling: float = 1.0) ->
 
 
 class MoELoraOutput(NamedTuple):
-    """What a `MoELora` returns; the two loss terms are `None` unless asked for."""
+    """
+    What a `MoELora` returns.
+
+    Args:
+        hidden_states (`torch.Tensor`): (..., d), the adapted output of a block, or what `mix` adds to a linear layer.
+        router_logits (`torch.Tensor`): (..., K), float32.
+        etf_loss (`torch.Tensor`, *optional*): (), if asked for.
+        balance_loss (`torch.Tensor`, *optional*): (), if asked for.
+    """
 
     hidden_states: torch.Tensor
     router_logits: torch.Tensor
@@ -172,10 +182,11 @@ class MoELoraRouter(nn.Module):
 
 class MoELora(nn.Module):
     """
-    The mixture of LoRA experts behind one block.
+    The mixture of LoRA experts behind one block, or beside one linear layer.
 
     Args:
         num_features (`int`): d, the width of the block.
+        num_outputs (`int`, *optional*): the features of an expert's answer, where they are not d as well.
         num_experts (`int`): K.
         num_experts_per_tok (`int`): k.
         rank (`int`): r.
@@ -195,6 +206,7 @@ class MoELora(nn.Module):
         dropout: float = 0.05,
         residual_weight: float = 0.1,
         use_fofs: bool = True,
+        num_outputs: int | None = None,
     ):
         super().__init__()
         self.num_experts_per_tok = num_experts_per_tok
@@ -208,7 +220,7 @@ class MoELora(nn.Module):
             self.register_buffer("lora_A", lora_A)
         else:
             self.lora_A = nn.Parameter(lora_A)
-        self.lora_B = nn.Parameter(torch.empty(num_experts, num_features, rank))
+        self.lora_B = nn.Parameter(torch.empty(num_experts, num_outputs or num_features, rank))
 
     def reset_parameters(self) -> None:
         """Start at zero router and zero B, as the paper does, and draw A; leave alone what a checkpoint filled."""
@@ -224,25 +236,59 @@ class MoELora(nn.Module):
             projection = torch.empty(num_experts, rank, num_features).uniform_(-bound, bound)
         init.copy_(self.lora_A, projection)
 
-    def forward(self, hidden_states: torch.Tensor, output_losses: bool = False) -> MoELoraOutput:
+    def mix(self, hidden_states: torch.Tensor, output_losses: bool = False) -> MoELoraOutput:
         """
-        Adapt a block's output.
+        Answer with the experts alone: `sum_i w_i (alpha / r) B_i A_i x`, without the residual.
 
         Args:
-            hidden_states (`torch.Tensor`): (..., d), all tokens, the class token too.
+            hidden_states (`torch.Tensor`): (..., d).
             output_losses (`bool`): also compute the ETF and the balance term.
         """
         router_logits = self.router(hidden_states)
         probabilities, weights = route(router_logits, self.num_experts_per_tok)
         # One mask serves all experts: with FOFS each reads features of its own, so that theirs are independent.
         codes = expert_codes(self.dropout(hidden_states), self.lora_A)
-        update = mix_experts(codes, self.lora_B, weights * self.scaling)
         return MoELoraOutput(
-            hidden_states=norm_matched_residual(hidden_states, update, self.residual_weight),
+            hidden_states=mix_experts(codes, self.lora_B, weights * self.scaling),
             router_logits=router_logits,
             etf_loss=etf_loss(codes, self.lora_B, self.scaling) if output_losses else None,
             balance_loss=balance_loss(probabilities) if output_losses else None,
         )
+
+    def forward(self, hidden_states: torch.Tensor, output_losses: bool = False) -> MoELoraOutput:
+        """
+        Adapt a block's output: the experts' answer and the norm-matched residual.
+
+        Args:
+            hidden_states (`torch.Tensor`): (..., d), all tokens, the class token too.
+            output_losses (`bool`): also compute the ETF and the balance term.
+        """
+        output = self.mix(hidden_states, output_losses)
+        adapted = norm_matched_residual(hidden_states, output.hidden_states, self.residual_weight)
+        return output._replace(hidden_states=adapted)
+
+
+@contextmanager
+def record_outputs(model: nn.Module) -> Iterator[list[MoELoraOutput]]:
+    """
+    Record what the experts of a PEFT adapter return within the context, in the order in which they run.
+
+    A wrapped block can hand on nothing but its hidden states, and the loss terms and router logits of its experts go
+    this way. Experts that gradient checkpointing runs again, later, are not recorded twice.
+
+    Args:
+        model (`nn.Module`): the model that holds the adapter, or a part of it.
+    """
+    outputs: list[MoELoraOutput] = []
+    # Known by the attribute: the model may come from a repository's own copy of this file, the adapter may not.
+    layers = [module for module in model.modules() if "moe_lora_outputs" in vars(module)]
+    for layer in layers:
+        layer.moe_lora_outputs = outputs
+    try:
+        yield outputs
+    finally:
+        for layer in layers:
+            layer.moe_lora_outputs = None
 
 
 __all__ = [
@@ -256,5 +302,6 @@ __all__ = [
     "fofs_projection",
     "mix_experts",
     "norm_matched_residual",
+    "record_outputs",
     "route",
 ]
