@@ -20,8 +20,8 @@ class GoldenCase:
     """
     One model with its inputs and the reference outputs.
 
-    `input_ids` (P, 77) and `prompt_groups` (P,) hold the sentences of all classes, in the order of `classes`: class c has
-    6 normal (group 2c) and 10 abnormal ones (group 2c + 1).
+    `input_ids` (P, 77) and `prompt_groups` (P,) hold the sentences of all classes, in the order of `classes`: class c
+    has 6 normal (group 2c) and 10 abnormal ones (group 2c + 1).
     """
 
     model: MoECLIPModel

@@ -1,0 +1,13 @@
+"""Checkpoints of other formats, in and out: the released adapters, OpenAI's CLIP, transformers' CLIP."""
+
+from moeclip_hf.conversion.openai_clip import convert_openai_clip
+from moeclip_hf.conversion.released import convert_released, export_released, settings_beside_adapter
+from moeclip_hf.conversion.transformers_clip import load_clip
+
+__all__ = [
+    "convert_openai_clip",
+    "convert_released",
+    "export_released",
+    "load_clip",
+    "settings_beside_adapter",
+]

@@ -1,0 +1,160 @@
+"""Puts converted tensors and settings together to a model, strictly."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig, PreTrainedModel
+
+from moeclip_hf.conversion.key_table import KeyTable, Tensors, check_tensors, count_indices, refuse
+from moeclip_hf.errors import ConversionError
+
+ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
+Settings = Mapping[str, Any]
+
+# OpenAI makes every attention head this wide, in both towers.
+_HEAD_WIDTH = 64
+_TOWERS: dict[str, type[PreTrainedConfig]] = {"text_config": CLIPTextConfig, "vision_config": CLIPVisionConfig}
+
+
+def merge_settings(base: Settings, overriding: Settings) -> dict[str, Any]:
+    """Lay settings over others; those of `text_config` and `vision_config` one by one."""
+    merged = {**base, **overriding}
+    for tower in _TOWERS:
+        if tower in base or tower in overriding:
+            merged[tower] = {**base.get(tower, {}), **overriding.get(tower, {})}
+    return merged
+
+
+def check_setting_names(settings: Settings, config_class: type[PreTrainedConfig]) -> None:
+    """Refuse settings that a configuration, or its towers', does not know."""
+    unknown = sorted(set(settings) - set(config_class.__dataclass_fields__))
+    for tower, tower_class in _TOWERS.items():
+        known = set(tower_class.__dataclass_fields__)
+        unknown += sorted(f"{tower}.{name}" for name in settings.get(tower, {}) if name not in known)
+    if unknown:
+        raise ConversionError(f"{config_class.__name__} has no setting {', '.join(unknown)}.")
+
+
+def make_config(config_class: type[ConfigT], settings: Settings) -> ConfigT:
+    """Make a configuration; a combination that it refuses is a `ConversionError`."""
+    try:
+        return config_class(**settings)
+    except StrictDataclassError as error:
+        raise ConversionError(str(error.__cause__ or error)) from error
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+
+
+def clip_settings(config: CLIPConfig) -> dict[str, Any]:
+    """What of a CLIP's configuration describes the model, not how it was saved."""
+    bookkeeping = {"architectures", "dtype", "model_type", "transformers_version"}
+    settings = {
+        name: getattr(config, name) for name in ("projection_dim", "logit_scale_init_value", "initializer_factor")
+    }
+    for tower in _TOWERS:
+        values = getattr(config, tower).to_dict()
+        settings[tower] = {name: value for name, value in values.items() if name not in bookkeeping}
+    return settings
+
+
+def expected_tensors(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """Names and shapes of a model's weights, without memory behind them."""
+    with torch.device("meta"):
+        return model_class(config).state_dict()
+
+
+def build_model(model_class: type[ModelT], config: PreTrainedConfig, tensors: Tensors) -> ModelT:
+    """Make a model, in eval mode and float32, of tensors that are known to be complete; they are copied."""
+    copies = {name: tensor.detach().to(torch.float32, copy=True).contiguous() for name, tensor in tensors.items()}
+    model, info = model_class.from_pretrained(
+        None, config=config, state_dict=copies, dtype=torch.float32, output_loading_info=True
+    )
+    faults = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    refuse(model_class.__name__, faults)
+    return model
+
+
+def clip_from_tensors(tensors: Tensors, table: KeyTable, source: str, settings: Settings) -> CLIPModel:
+    """
+    Make a CLIP of its tensors, inferring its configuration from their shapes.
+
+    Args:
+        tensors: under the names of `table`.
+        table ([`KeyTable`])
+        source (`str`): names the file in errors.
+        settings: of [`~transformers.CLIPConfig`], over what the shapes tell.
+
+    Raises:
+        ConversionError: lists unknown, missing, misshapen and unusable tensors, and settings that do not fit them.
+    """
+    tensors = table.without_ignored(tensors)
+    inferred = _infer_clip_settings(table.to_ours(tensors), source, settings)
+    config = make_config(CLIPConfig, merge_settings(inferred, settings))
+    check_tensors(tensors, table.to_theirs(expected_tensors(CLIPModel, config)), source)
+    return build_model(CLIPModel, config, table.to_ours(tensors))
+
+
+def _infer_clip_settings(tensors: Tensors, source: str, settings: Settings) -> dict[str, Any]:
+    """Read a CLIP's sizes off its tensors, under our names."""
+    needed = {
+        "patch": "vision_model.embeddings.patch_embedding.weight",
+        "positions": "vision_model.embeddings.position_embedding.weight",
+        "tokens": "text_model.embeddings.token_embedding.weight",
+        "text_positions": "text_model.embeddings.position_embedding.weight",
+        "projection": "visual_projection.weight",
+    }
+    refuse(source, {"missing": [name for name in needed.values() if name not in tensors]})
+    shapes = {role: tuple(tensors[name].shape) for role, name in needed.items()}
+    refuse(
+        source,
+        {
+            "misshapen": [
+                f"{needed[role]}: {shape}"
+                for role, shape in shapes.items()
+                if len(shape) != (4 if role == "patch" else 2)
+            ]
+        },
+    )
+    side = round((shapes["positions"][0] - 1) ** 0.5)
+    if side * side + 1 != shapes["positions"][0]:
+        raise ConversionError(
+            f"{source} has {shapes['positions'][0]} position embeddings, not 1 + n x n of a square grid."
+        )
+    vocabulary, patch_size = shapes["tokens"][0], shapes["patch"][-1]
+    return {
+        "projection_dim": shapes["projection"][0],
+        "text_config": {
+            **_infer_tower(tensors, "text", shapes["tokens"][1], settings),
+            "vocab_size": vocabulary,
+            "bos_token_id": vocabulary - 2,
+            "eos_token_id": vocabulary - 1,
+            "max_position_embeddings": shapes["text_positions"][0],
+            "projection_dim": shapes["projection"][0],
+        },
+        "vision_config": {
+            **_infer_tower(tensors, "vision", shapes["patch"][0], settings),
+            "num_channels": shapes["patch"][1],
+            "patch_size": patch_size,
+            "image_size": side * patch_size,
+            "projection_dim": shapes["projection"][0],
+        },
+    }
+
+
+def _infer_tower(tensors: Tensors, tower: str, width: int, settings: Settings) -> dict[str, Any]:
+    layers = rf"{tower}_model\.encoder\.layers\."
+    feed_forward = tensors.get(f"{tower}_model.encoder.layers.0.mlp.fc1.bias")
+    if width % _HEAD_WIDTH and "num_attention_heads" not in settings.get(f"{tower}_config", {}):
+        raise ConversionError(
+            f"The {tower} tower is {width} wide, no multiple of the {_HEAD_WIDTH} of one of OpenAI's attention heads: "
+            f'set {tower}_config={{"num_attention_heads": n}} (--{tower}-heads).'
+        )
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width if feed_forward is None else len(feed_forward),
+        "num_hidden_layers": count_indices(tensors, layers + r"(\d+)\."),
+        "num_attention_heads": max(width // _HEAD_WIDTH, 1),
+    }

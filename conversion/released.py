@@ -1,0 +1,213 @@
+"""The adapter checkpoints of MoECLIP's released research code, in and out.
+
+Such a file holds `epoch`, `optimizer_state_dict` and the two parts that are trained, `text_adapter` and
+`image_adapter`. The CLIP beneath is not in it.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeclip_hf.conversion.assembly import (
+    Settings,
+    build_model,
+    check_setting_names,
+    clip_settings,
+    expected_tensors,
+    make_config,
+    merge_settings,
+)
+from moeclip_hf.conversion.key_table import POINTWISE, KeyTable, Row, Tensors, check_tensors, count_indices, refuse
+from moeclip_hf.conversion.reading import describe, read_checkpoint
+from moeclip_hf.conversion.transformers_clip import CLIPSource, load_clip
+from moeclip_hf.errors import ConversionError
+from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
+from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
+
+Adapter = Mapping[str, Any]
+
+_EXPERT = r"image_adapter\.moe_adapters\.\d+\.experts\.(\d+)\."
+_PARTS = ("text_adapter", "image_adapter")
+_BOOKKEEPING = ("epoch", "optimizer_state_dict")
+_CLIP_SETTINGS = ("text_config", "vision_config", "projection_dim", "logit_scale_init_value", "initializer_factor")
+
+
+def _released_table(activated: bool) -> KeyTable:
+    """The names of a released adapter; an activation behind the patch projections moves these one level down."""
+    projection = "image_adapter.seg_proj.{tap}.fc.0.weight" if activated else "image_adapter.seg_proj.{tap}.fc.weight"
+    # fmt: off
+    return KeyTable(
+        Row("text_adapter.0.fc.0.weight",             "text_adapter.projection.weight"),
+        Row(projection,                               "patch_projection.projections.{tap}.weight"),
+        Row("image_adapter.det_proj.ln.{part}",       "depthwise_adapter.layer_norm.{part}"),
+        Row("image_adapter.det_proj.adapter.0.weight", "depthwise_adapter.depthwise.weight"),
+        Row("image_adapter.det_proj.adapter.2.weight", "depthwise_adapter.pointwise.weight", POINTWISE),
+        Row("image_adapter.moe_adapters.{layer}.gate.weight", "moe_layers.{layer}.router.weight"),
+        Row("image_adapter.moe_adapters.{layer}.experts.{expert}.lora_A.weight", "moe_layers.{layer}.lora_A"),
+        Row("image_adapter.moe_adapters.{layer}.experts.{expert}.lora_B.weight", "moe_layers.{layer}.lora_B"),
+    )
+    # fmt: on
+
+
+def convert_released(adapter: str | Path | Adapter, clip: CLIPSource, **config: Any) -> MoECLIPModel:
+    """
+    Put a released adapter and its CLIP together to a MoECLIP model.
+
+    What the adapter's names and shapes tell is inferred: number and rank of the experts, `use_fofs`, shared or
+    separate projections and their activation. What they do not has the released defaults: layers and taps at the
+    quarters of the tower's depth, two experts a token, alpha 16, residual weight 0.1, window sizes 1, 3 and 5.
+
+    Two habits of the released code, which checkpoints trained with it bake in, are kept unless `config` says
+    otherwise: the CLIP runs with exact GELU (`hidden_act="gelu"`), whatever it was pretrained with; and with
+    `aggregation_sizes=[1]` the image embedding is made from the third last tap.
+
+    Args:
+        adapter (`str`, `Path` or mapping): a released `.pth`, or what it holds.
+        clip: the CLIP that the adapter was trained on: a file of OpenAI's, a transformers folder or Hub id, tensors by
+            name, or a [`~transformers.CLIPModel`].
+        config: fields of [`MoECLIPConfig`], nested ones too: `vision_config={"num_attention_heads": 4}`.
+
+    Returns:
+        [`MoECLIPModel`] in float32 and eval mode.
+
+    Raises:
+        ConversionError: if a file cannot be read; if settings contradict the adapter; or lists the unknown, missing,
+            misshapen or unusable entries.
+    """
+    check_setting_names(config, MoECLIPConfig)
+    of_clip = {name: config.pop(name) for name in _CLIP_SETTINGS if name in config}
+    exact_gelu = {"text_config": {"hidden_act": "gelu"}, "vision_config": {"hidden_act": "gelu"}}
+    clip_model = load_clip(clip, **merge_settings(exact_gelu, of_clip))
+
+    source = describe(adapter, "The adapter")
+    tensors = _read_adapter(adapter, source)
+    inferred = _infer_settings(tensors, source)
+    _refuse_contradictions(inferred, config, source)
+    defaults = {"num_experts_per_tok": min(2, inferred.get("num_experts", 2))}
+    settings = {**clip_settings(clip_model.config), **defaults, **inferred, **config}
+    model_config = _make_moeclip_config(tensors, source, settings)
+
+    table = _released_table(model_config.projection_activation is not None)
+    expected = table.to_theirs(expected_tensors(MoECLIPModel, model_config))
+    check_tensors(tensors, expected, source)
+    return build_model(MoECLIPModel, model_config, {**clip_model.state_dict(), **table.to_ours(tensors)})
+
+
+def export_released(model: MoECLIPModel) -> dict[str, dict[str, torch.Tensor]]:
+    """
+    Give a model's trained parts the form of the released adapter checkpoints.
+
+    Args:
+        model ([`MoECLIPModel`])
+
+    Returns:
+        `{"text_adapter": ..., "image_adapter": ...}`, float32 tensors by their released names, bit-equal to the
+        converted file's where the model was neither trained nor cast. Layers, taps, k, alpha, lambda and window sizes
+        have no place in that format: see [`settings_beside_adapter`].
+    """
+    table = _released_table(model.config.projection_activation is not None)
+    parts: dict[str, dict[str, torch.Tensor]] = {part: {} for part in _PARTS}
+    for name, tensor in table.to_theirs(model.state_dict()).items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor.to("cpu", torch.float32, copy=True).contiguous()
+    return parts
+
+
+def settings_beside_adapter(config: MoECLIPConfig) -> dict[str, Any]:
+    """The settings that a released adapter's shapes do not tell, and that its user must know."""
+    names = (
+        "moe_layers",
+        "feature_layers",
+        "num_experts_per_tok",
+        "lora_alpha",
+        "residual_weight",
+        "aggregation_sizes",
+        "image_feature_layer",
+    )
+    return {name: getattr(config, name) for name in names}
+
+
+def _read_adapter(adapter: str | Path | Adapter, source: str) -> dict[str, torch.Tensor]:
+    """Read an adapter's two parts as one flat mapping, `text_adapter.*` and `image_adapter.*`."""
+    content = read_checkpoint(adapter) if isinstance(adapter, (str, Path)) else adapter
+    refuse(
+        source,
+        {
+            "unknown": sorted(str(key) for key in content if key not in _PARTS + _BOOKKEEPING),
+            "missing": [part for part in _PARTS if not isinstance(content.get(part), Mapping)],
+        },
+    )
+    flat = {f"{part}.{name}": value for part in _PARTS for name, value in content[part].items()}
+    refuse(source, {"not tensors": [name for name, value in flat.items() if not isinstance(value, torch.Tensor)]})
+    return flat
+
+
+def _infer_settings(tensors: Tensors, source: str) -> dict[str, Any]:
+    """Read off an adapter's names and shapes what they tell of its experts and projections."""
+    activated = any(re.fullmatch(r"image_adapter\.seg_proj\.\d+\.fc\.0\.weight", name) for name in tensors)
+    settings: dict[str, Any] = {"projection_activation": "leaky_relu" if activated else None}
+    down_projections = {name: tensor for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}
+    if down_projections:
+        misshapen = [
+            f"{name}: {tuple(tensor.shape)}" for name, tensor in down_projections.items() if tensor.dim() != 2
+        ]
+        refuse(source, {"misshapen": misshapen})
+        num_experts = count_indices(tensors, _EXPERT)
+        settings["num_experts"] = num_experts
+        settings["lora_rank"] = len(next(iter(down_projections.values())))
+        settings["use_fofs"] = all(
+            _is_fofs_projection(tensor, int(re.match(_EXPERT, name).group(1)), num_experts)
+            for name, tensor in down_projections.items()
+        )
+    return settings
+
+
+def _is_fofs_projection(lora_A: torch.Tensor, expert: int, num_experts: int) -> bool:
+    """Whether an expert's (r, d) projection reads its own chunk of the features alone."""
+    rank, num_features = lora_A.shape
+    if num_features // num_experts < rank:
+        return False
+    if num_experts == 1:  # the chunk is all there is, but FOFS has orthonormal rows
+        return torch.allclose(lora_A.float() @ lora_A.float().T, torch.eye(rank), atol=1e-3)
+    chunk = torch.arange(num_features).tensor_split(num_experts)[expert]
+    return not lora_A.index_fill(1, chunk, 0).any()
+
+
+def _refuse_contradictions(inferred: Settings, given: Settings, source: str) -> None:
+    for name, value in inferred.items():
+        # Projections that FOFS made may be trained on as plain ones; the reverse is no FOFS.
+        may_differ = name == "use_fofs" and value
+        if name in given and given[name] != value and not may_differ:
+            raise ConversionError(f"{name} is {given[name]!r}, but {source} holds an adapter with {value!r}.")
+
+
+def _make_moeclip_config(tensors: Tensors, source: str, settings: Settings) -> MoECLIPConfig:
+    """Make the configuration, and compare the layers and taps it names with those that the adapter holds."""
+    config = make_config(MoECLIPConfig, settings)
+    num_layers = count_indices(tensors, r"image_adapter\.moe_adapters\.(\d+)\.")
+    if num_layers != len(config.moe_layers):
+        raise ConversionError(
+            f"{source} adapts {num_layers} blocks, but moe_layers ({config.moe_layers}) names "
+            f"{len(config.moe_layers)}: set moe_layers (--moe-layers)."
+        )
+    num_taps, num_maps = len(config.feature_layers), config.num_maps
+    num_projections = count_indices(tensors, r"image_adapter\.seg_proj\.(\d+)\.")
+    if num_projections not in (num_taps, num_maps):
+        raise ConversionError(
+            f"{source} holds {num_projections} patch projections, but feature_layers ({config.feature_layers}) and "
+            f"aggregation_sizes ({config.aggregation_sizes}) ask for {num_taps}, or {num_maps} if separate: set them "
+            "(--feature-layers, --aggregation-sizes)."
+        )
+    shared = num_projections == num_taps
+    if settings.get("shared_projections", shared) != shared and num_taps != num_maps:
+        raise ConversionError(
+            f"shared_projections is {settings['shared_projections']}, but {source} holds {num_projections} patch "
+            f"projections for {num_taps} taps with {num_maps} maps."
+        )
+    completed = {"shared_projections": shared, **settings}
+    if config.aggregation_sizes == [1] and num_taps >= 3:
+        completed.setdefault("image_feature_layer", config.feature_layers[-3])
+    return make_config(MoECLIPConfig, completed)

@@ -1,0 +1,92 @@
+"""A CLIP of transformers: a folder or Hub repository with its configuration, or bare weights of the same names."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, CLIPConfig, CLIPModel
+
+from moeclip_hf.conversion.assembly import (
+    Settings,
+    build_model,
+    check_setting_names,
+    clip_from_tensors,
+    clip_settings,
+    expected_tensors,
+    make_config,
+    merge_settings,
+)
+from moeclip_hf.conversion.key_table import KeyTable, Row, Tensors, check_tensors, refuse
+from moeclip_hf.conversion.openai_clip import is_openai_clip, openai_clip_from_tensors
+from moeclip_hf.conversion.reading import describe, is_repository, one_line, read_tensors
+from moeclip_hf.errors import ConversionError
+
+CLIPSource = str | Path | Tensors | CLIPModel
+
+# Our names are transformers' own; checkpoints of old versions also hold the positions' indices.
+TRANSFORMERS_TABLE = KeyTable(
+    Row("{key}", "{key}"),
+    ignored=(r"(text|vision)_model\.embeddings\.position_ids",),
+)
+
+
+def load_clip(clip: CLIPSource, **config: Any) -> CLIPModel:
+    """
+    Load a CLIP of any known format.
+
+    Args:
+        clip: a transformers folder or Hub id, a file of weights under OpenAI's or transformers' names (see
+            [`convert_openai_clip`]), its tensors, or a [`~transformers.CLIPModel`].
+        config: fields of [`~transformers.CLIPConfig`], nested ones too, over those of the CLIP.
+
+    Returns:
+        A new [`~transformers.CLIPModel`] in float32 and eval mode.
+
+    Raises:
+        ConversionError: if nothing is there or it does not fit; lists the entries that do not.
+    """
+    check_setting_names(config, CLIPConfig)
+    source = describe(clip, "The CLIP")
+    if isinstance(clip, CLIPModel):
+        return _rebuild(clip, source, config)
+    if isinstance(clip, (str, Path)) and is_repository(clip):
+        return _rebuild(_load_repository(source), source, config)
+    tensors = read_tensors(clip, source)
+    if is_openai_clip(tensors):
+        return openai_clip_from_tensors(tensors, source, config)
+    return clip_from_tensors(tensors, TRANSFORMERS_TABLE, source, config)
+
+
+def _load_repository(name: str) -> CLIPModel:
+    """Load a folder or Hub repository; what its weights lack or hold too much is an error, not a warning."""
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # whatever a missing, foreign or broken configuration leads to
+        raise ConversionError(f"{name} cannot be loaded as a CLIP: {one_line(error)}") from error
+    if config.model_type != "clip":
+        raise ConversionError(f"{name} is a {config.model_type} model, not a clip one.")
+    try:
+        model, info = CLIPModel.from_pretrained(
+            name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    except Exception as error:  # missing, damaged or unsafe weights
+        raise ConversionError(f"{name} cannot be loaded as a CLIP: {one_line(error)}") from error
+    refuse(
+        name,
+        {
+            "unknown": sorted(TRANSFORMERS_TABLE.without_ignored(dict.fromkeys(info["unexpected_keys"]))),
+            "missing": sorted(info["missing_keys"]),
+            "misshapen": sorted(
+                f"{key}: {tuple(got)}, not {tuple(want)}" for key, got, want in info["mismatched_keys"]
+            ),
+        },
+    )
+    return model
+
+
+def _rebuild(clip: CLIPModel, source: str, settings: Settings) -> CLIPModel:
+    """Copy a CLIP, with other settings laid over its own."""
+    config = make_config(CLIPConfig, merge_settings(clip_settings(clip.config), settings))
+    tensors = clip.state_dict()
+    check_tensors(tensors, expected_tensors(CLIPModel, config), source)
+    return build_model(CLIPModel, config, tensors)
