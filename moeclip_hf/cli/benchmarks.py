@@ -96,11 +96,12 @@ def _print_table(rows: list[Benchmark]) -> None:
 
     from moeclip_hf.data import PUBLISHED_MEAN
 
-    table = Table(caption="Published AUROC in %, '-' where none was published or it is not defined", show_footer=True)
+    caption = "Images: normal/anomalous. AUROC: as published, in %; '-' where not published or not defined."
+    table = Table(caption=caption, show_footer=True)
     table.add_column("name", footer="mean", no_wrap=True)
     table.add_column("domain", no_wrap=True)
     table.add_column("classes", justify="right")
-    table.add_column("normal/ anomalous", justify="right")
+    table.add_column("images", justify="right")
     table.add_column("masks")
     table.add_column("image AUROC", justify="right", footer=_percent(PUBLISHED_MEAN.image_auroc))
     table.add_column("pixel AUROC", justify="right", footer=_percent(PUBLISHED_MEAN.pixel_auroc))

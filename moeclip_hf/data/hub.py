@@ -20,7 +20,8 @@ NORMAL_LABELS = frozenset({"0", "good", "normal", "ok"})
 def is_datasets_folder(folder: Path) -> bool:
     """Whether `datasets` wrote this folder or can load it: saved to disk, parquet files, or an image folder."""
     markers = ("dataset_dict.json", "state.json", "metadata.jsonl", "metadata.csv")
-    return any((folder / marker).is_file() for marker in markers) or any(folder.glob("**/*.parquet"))
+    patterns = ("*.parquet", "*/*.parquet")
+    return any((folder / marker).is_file() for marker in markers) or any(any(folder.glob(one)) for one in patterns)
 
 
 def load_hub(
@@ -30,7 +31,7 @@ def load_hub(
 
     Labels are 0 and 1, or names of which one is in `NORMAL_LABELS`. A data set named as a benchmark takes that
     benchmark's prompts and domain. Without `class_name` all images are of class "object". `image_path` is
-    `<split>/<row number>`. Images are neither decoded nor copied.
+    `<split>/<row number>`. Images stay as they are stored until their row is read.
 
     Args:
         source: a Hub id, or a folder.
@@ -47,14 +48,11 @@ def load_hub(
     missing = sorted({"image", "label"} - set(loaded.features))
     if missing:
         raise DatasetError(f"{source} has no column {', '.join(missing)}; it has {', '.join(loaded.features)}")
-    describe = _row_reader(source, split, loaded.features["label"], domain)
+    describe = _row_reader(source, split, loaded.features, domain)
     optional = [name for name in ("mask", "class_name") if name in loaded.features]
     loaded = loaded.select_columns(["image", "label", *optional])
     if isinstance(loaded, datasets.Dataset):
         return _assemble(loaded, describe)
-    for name in ("image", "mask"):
-        if name in loaded.features:
-            loaded = loaded.cast_column(name, datasets.Image(decode=False))
     return loaded.map(
         lambda row, number: {"image": row["image"], "mask": row.get("mask"), **describe(row, number)},
         with_indices=True,
@@ -88,26 +86,24 @@ def _load(source: str, split: str, streaming: bool) -> datasets.Dataset | datase
 
 
 def _row_reader(
-    source: str, split: str, label: Any, domain: Domain
+    source: str, split: str, kinds: datasets.Features, domain: Domain
 ) -> Callable[[Mapping[str, Any], int], dict[str, Any]]:
     """A function from a row and its number to all columns but `image` and `mask`."""
-    names = getattr(label, "names", None)
-    if names is not None and not NORMAL_LABELS.intersection(map(str.lower, names)):
-        raise DatasetError(
-            f"{source}: none of the labels {', '.join(names)} is one of {', '.join(sorted(NORMAL_LABELS))}"
-        )
+    label_names = getattr(kinds["label"], "names", None)
+    class_names = getattr(kinds.get("class_name"), "names", None)
+    if label_names is not None and not NORMAL_LABELS.intersection(map(str.lower, label_names)):
+        expected = ", ".join(sorted(NORMAL_LABELS))
+        raise DatasetError(f"{source}: none of the labels {', '.join(label_names)} is one of {expected}")
     dataset = source.rstrip("/").rsplit("/", 1)[-1]
 
     def describe(row: Mapping[str, Any], number: int) -> dict[str, Any]:
-        value = row["label"] if names is None else names[row["label"]]
+        value = row["label"] if label_names is None else label_names[row["label"]]
         where = f"{source}, {split}, row {number}"
         label = int(value.lower() not in NORMAL_LABELS) if isinstance(value, str) else as_label(value, where)
-        class_name = str(row.get("class_name", FALLBACK_PROMPT_NAME))
-        return {
-            "label": label,
-            "image_path": f"{split}/{number:06d}",
-            **columns_of(dataset, class_name, class_name, domain),
-        }
+        name = row.get("class_name", FALLBACK_PROMPT_NAME)
+        class_name = str(name if class_names is None else class_names[name])
+        image_path = f"{split}/{number:06d}"
+        return {"label": label, "image_path": image_path, **columns_of(dataset, class_name, class_name, domain)}
 
     return describe
 

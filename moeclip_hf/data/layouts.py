@@ -154,7 +154,10 @@ class VisaTable:
             try:
                 samples = [
                     Sample(
-                        row["object"], root / row["image"], int(row["label"] != "normal"), _optional(root, row["mask"])
+                        folder=row["object"],
+                        image=root / row["image"],
+                        label=int(row["label"] != "normal"),
+                        mask=_existing(root / (row["mask"] or "")),
                     )
                     for row in csv.DictReader(file)
                     if row["split"] == split and is_class(row["object"])
@@ -187,8 +190,8 @@ def subfolders(folder: Path) -> list[Path]:
     return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
 
 
-def _optional(root: Path, path: str | None) -> Path | None:
-    return root / path if path else None
+def _existing(path: Path) -> Path | None:
+    return path if path.is_file() else None
 
 
 MVTEC = FolderLayout("test/good", "test/{defect}", "ground_truth/{defect}", train="train/good")
