@@ -1,0 +1,43 @@
+# Every target makes .venv by itself and is quick the second time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow quality bench clean
+
+help:
+	@echo "make demo      heat maps of photographs and textures with the embedded checkpoint, under outputs/demo"
+	@echo "make test      the test suite"
+	@echo "make test-slow the tests that take minutes"
+	@echo "make quality   ruff and mypy"
+	@echo "make bench     the benchmarks"
+
+# torch comes first and alone: the exact version finds a CPU build where there is one.
+$(READY): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python -m examples.demo --output-dir outputs/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+quality: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.forward
+	$(BIN)/python -m benchmarks.metrics
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info outputs
