@@ -116,6 +116,8 @@ class MoECLIPConfig(CLIPConfig):
         self.aggregation_sizes = list(self.aggregation_sizes)
         if self.image_feature_layer is None and self.feature_layers:
             self.image_feature_layer = self.feature_layers[-1]
+        # Here too, so that it is a plain ValueError; `strict` wraps what it runs itself.
+        self.validate_architecture()
 
     def validate_architecture(self) -> None:
         """Refuse settings that contradict each other; part of the validation that `strict` runs."""

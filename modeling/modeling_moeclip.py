@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_moeclip import MoECLIPConfig
 from .loss_moeclip import classification_loss, segmentation_loss
-from .moe_lora import MoELora, record_outputs
+from .moe_lora import MoELora, in_float32, record_outputs, vector_norm
 
 # The factor on cosines between patches and anchors.
 _PATCH_LOGIT_SCALE = 100.0
@@ -60,8 +60,7 @@ class MoECLIPOutput(ModelOutput):
 
 def unit_length(embeds: torch.Tensor) -> torch.Tensor:
     """Scale vectors (..., D) to length 1; the norm is taken in float32 and a vector of zeros stays zero."""
-    norm = torch.linalg.vector_norm(embeds, dim=-1, keepdim=True, dtype=torch.float32)
-    return (embeds / norm.clamp_min(1e-12)).to(embeds.dtype)
+    return (embeds / vector_norm(embeds).clamp_min(1e-12)).to(embeds.dtype)
 
 
 def interpolate_position_embeddings(embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -82,8 +81,8 @@ def interpolate_position_embeddings(embeddings: torch.Tensor, height: int, width
     if (height, width) == (side, side):
         return embeddings
     class_token, patches = embeddings[:1], embeddings[1:]
-    grid = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
-    grid = F.interpolate(grid, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+    grid = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(in_float32(grid), size=(height, width), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([class_token, grid.squeeze(0).flatten(1).T.to(embeddings.dtype)])
 
 
@@ -143,7 +142,7 @@ class MoECLIPPatchProjection(nn.Module):
                 projection = self.projections[tap if self.shared else tap * len(self.sizes) + index]
                 projected = F.linear(centred * layer_norm.weight, projection.weight)
                 offset = F.linear(layer_norm.bias, projection.weight)
-            norm = torch.linalg.vector_norm(average_pool(centred, size), dim=-1, keepdim=True, dtype=torch.float32)
+            norm = vector_norm(average_pool(centred, size))
             deviation = (norm.square() / centred.shape[-1] + layer_norm.eps).sqrt()
             normalised = (average_pool(projected, size) / deviation).to(projected.dtype) + offset
             embeds.append(unit_length(self.activation(normalised)).flatten(1, 2))
@@ -389,13 +388,13 @@ class MoECLIPModel(CLIPModel):
         ]
         image_embeds = self.depthwise_adapter(layer_norm(taps[self.config.image_feature_layer]))
 
-        anchors = anchors.to(image_embeds.device, torch.float32)
+        anchors = anchors.to(image_embeds.device, torch.promote_types(image_embeds.dtype, torch.float32))
         direction = (anchors[:, 1] - anchors[:, 0]).unsqueeze(-1)
         anomaly_logits = torch.stack(
-            [(embeds.float() @ direction).squeeze(-1).unflatten(1, grid) for embeds in patch_embeds], dim=1
+            [(in_float32(embeds) @ direction).squeeze(-1).unflatten(1, grid) for embeds in patch_embeds], dim=1
         )
         anomaly_logits = _PATCH_LOGIT_SCALE * anomaly_logits
-        logits_per_image = torch.einsum("bd,bsd->bs", image_embeds.float(), anchors)
+        logits_per_image = torch.einsum("bd,bsd->bs", in_float32(image_embeds), anchors)
 
         losses = self._losses(anomaly_logits, logits_per_image, adapted, labels, masks) if with_targets else None
         return MoECLIPOutput(

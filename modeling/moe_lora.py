@@ -17,6 +17,17 @@ from transformers import initialization as init
 _NORM_EPS = 1e-6
 
 
+def in_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Norms, softmaxes and cosines are not taken in half precision; float64 stays what it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def vector_norm(vectors: torch.Tensor) -> torch.Tensor:
+    """Lengths of vectors (..., d), (..., 1), accumulated in float32 at least."""
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=dtype)
+
+
 def fofs_projection(num_features: int, num_experts: int, rank: int, generator: torch.Generator | None = None):
     """
     Draw the projections of frozen orthogonal feature separation (FOFS).
@@ -90,9 +101,7 @@ def norm_matched_residual(hidden_states: torch.Tensor, update: torch.Tensor, res
         update (`torch.Tensor`): o, (..., d).
         residual_weight (`float`): lambda, 0 to 1.
     """
-    hidden_norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=torch.float32)
-    update_norm = torch.linalg.vector_norm(update, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = residual_weight * hidden_norm / (update_norm + _NORM_EPS)
+    scale = residual_weight * vector_norm(hidden_states) / (vector_norm(update) + _NORM_EPS)
     return torch.addcmul((1 - residual_weight) * hidden_states, update, scale).to(hidden_states.dtype)
 
 
@@ -122,7 +131,7 @@ def expert_gram(codes: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape (..., K, K), float32; outputs shorter than 1e-6 count as of that length.
     """
-    codes, lora_B = codes.float(), lora_B.float()
+    codes, lora_B = in_float32(codes), in_float32(lora_B)
     products = torch.einsum("idp,jdq->ipjq", lora_B, lora_B)
     gram = torch.einsum("...ip,ipjq,...jq->...ij", codes, products, codes)
     squared_norms = gram.diagonal(dim1=-2, dim2=-1).clamp_min(_NORM_EPS**2)
@@ -144,9 +153,9 @@ def etf_loss(codes: torch.Tensor, lora_B: torch.Tensor, scaling: float = 1.0) ->
     """
     num_experts = codes.shape[-2]
     if num_experts == 1:
-        return codes.new_zeros((), dtype=torch.float32)
+        return in_float32(codes.new_zeros(()))
     gram = expert_gram(codes * scaling, lora_B)
-    identity = torch.eye(num_experts, device=gram.device)
+    identity = torch.eye(num_experts, dtype=gram.dtype, device=gram.device)
     target = identity - (1 - identity) / (num_experts - 1)
     return (gram - target).square().mean()
 
@@ -177,7 +186,7 @@ class MoELoraRouter(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return F.linear(hidden_states.float(), self.weight.float())
+            return F.linear(in_float32(hidden_states), in_float32(self.weight))
 
 
 class MoELora(nn.Module):
@@ -300,8 +309,10 @@ __all__ = [
     "expert_codes",
     "expert_gram",
     "fofs_projection",
+    "in_float32",
     "mix_experts",
     "norm_matched_residual",
     "record_outputs",
     "route",
+    "vector_norm",
 ]
