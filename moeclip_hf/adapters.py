@@ -1,0 +1,200 @@
+"""A full MoECLIP checkpoint as a PEFT adapter over its CLIP, and back; loading an adapter with the base it needs."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers.utils import logging
+
+from moeclip_hf.errors import CheckpointError
+from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
+from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
+from moeclip_hf.tuner import MoELoraConfig, MoELoraLayer
+from moeclip_hf.tuner.model import MOECLIP_HEADS, vision_blocks
+
+# The same settings by their two names: of an adapter, and of a full checkpoint.
+_SETTING_NAMES = {
+    "r": "lora_rank",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_tok",
+    "use_fofs": "use_fofs",
+    "residual_weight": "residual_weight",
+}
+
+
+def full_to_adapter(model: MoECLIPModel, base: str | None = None, adapter_name: str = "default") -> PeftModel:
+    """
+    Split a MoECLIP into its CLIP and an adapter with the experts and heads. The outputs stay the same, to the bit.
+
+    `save_pretrained` of the result then writes the adapter alone.
+
+    Args:
+        model ([`MoECLIPModel`]): a model with experts. It is left as it is; its CLIP's weights are not copied but
+            shared with the result.
+        base (`str`, *optional*): the checkpoint of that same CLIP, by which [`load_adapter`] will look for it: a Hub
+            id or a folder. By default the one that the model came from.
+        adapter_name (`str`): the adapter's name.
+
+    Raises:
+        CheckpointError: if the model has no experts.
+    """
+    if not model.config.moe_layers:
+        raise CheckpointError("The model has no experts (moe_layers is empty), of which to make an adapter.")
+    bare = _copy_sharing_weights(model)
+    bare.moe_layers, bare.config.moe_layers = nn.ModuleList(), []
+    if base is not None:
+        bare.name_or_path = base
+    config = MoELoraConfig(
+        target_modules=vision_blocks(model.config.moe_layers),
+        **{name: getattr(model.config, full_name) for name, full_name in _SETTING_NAMES.items()},
+    )
+    adapted = get_peft_model(bare, config, adapter_name=adapter_name)
+    for block, experts in zip(model.config.moe_layers, model.moe_layers, strict=True):
+        layer = bare.vision_model.encoder.layers[block]
+        layer.moe_lora_experts[adapter_name] = copy.deepcopy(experts).requires_grad_(True)
+    return adapted
+
+
+def adapter_to_full(model: PeftModel, adapter_name: str | None = None) -> MoECLIPModel:
+    """
+    Join an adapter with its base to a MoECLIP, which needs no PEFT. The outputs stay the same, to the bit.
+
+    Args:
+        model (`PeftModel`): a MoECLIP without experts of its own, with the adapter. It is left as it is; its CLIP's
+            weights are not copied but shared with the result.
+        adapter_name (`str`, *optional*): which adapter; by default the active one.
+
+    Raises:
+        CheckpointError: if there is no such adapter, or the two are more than a MoECLIP can hold.
+    """
+    adapter_name = adapter_name or model.active_adapters[0]
+    if not isinstance(model.peft_config.get(adapter_name), MoELoraConfig):
+        raise CheckpointError(f"There is no MoE-LoRA adapter {adapter_name!r}; there are {sorted(model.peft_config)}.")
+    base = model.get_base_model()
+    if not isinstance(base, MoECLIPModel):
+        raise CheckpointError(f"{type(base).__name__} has not the heads of a full checkpoint: adapt a MoECLIPModel.")
+    if base.config.moe_layers:
+        raise CheckpointError(
+            f"The base has experts of its own, behind blocks {base.config.moe_layers}, and a full checkpoint holds "
+            f"one set: make the adapter over a base with moe_layers=[]."
+        )
+    experts = _experts_by_block(base, adapter_name)
+    heads = {
+        name: module.modules_to_save[adapter_name]
+        for name, module in base.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+    }
+    full = _copy_sharing_weights(model).unload()
+    full.moe_layers = copy.deepcopy(nn.ModuleList(experts.values()))
+    for name, head in heads.items():
+        full.set_submodule(name, copy.deepcopy(head))
+    for name, full_name in _SETTING_NAMES.items():
+        setattr(full.config, full_name, getattr(model.peft_config[adapter_name], name))
+    full.config.moe_layers = list(experts)
+    return full
+
+
+def load_adapter(
+    adapter: "str | PathLike[str]",
+    base: "str | PathLike[str] | None" = None,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    revision: str | None = None,
+    **base_kwargs: Any,
+) -> PeftModel:
+    """
+    Load an adapter over the base it needs: its CLIP as a MoECLIP without experts, with the taps, window sizes and
+    activations that the adapter was made with. `PeftModel.load_adapter` then adds others over the same base.
+
+    Args:
+        adapter (`str` or path): a folder or a Hub id.
+        base (`str` or path, *optional*): the CLIP's checkpoint; by default the one that the adapter names.
+        adapter_name (`str`): the name that the adapter gets.
+        is_trainable (`bool`): whether the adapter is to be trained on.
+        revision (`str`, *optional*): of the adapter's Hub repository.
+        base_kwargs: for [`MoECLIPModel.from_pretrained`], such as `dtype` and `device_map`.
+
+    Returns:
+        `PeftModel`, in eval mode unless trainable.
+
+    Raises:
+        CheckpointError: if either is not there or not what it should be.
+    """
+    try:
+        config = PeftConfig.from_pretrained(str(adapter), revision=revision)
+    except Exception as error:
+        raise CheckpointError(f"{adapter}: cannot be read as an adapter: {_one_line(error)}") from error
+    if not isinstance(config, MoELoraConfig) or config.base_settings is None:
+        raise CheckpointError(f"{adapter}: is not an adapter for a MoECLIP, but a {config.peft_type} one.")
+    base = base or config.base_model_name_or_path
+    if base is None:
+        raise CheckpointError(f"{adapter}: does not name its base: pass base, the CLIP that it was made over.")
+    try:
+        with _quiet_transformers():
+            bare, report = MoECLIPModel.from_pretrained(
+                base, config=_base_config(base, config.base_settings), output_loading_info=True, **base_kwargs
+            )
+    except Exception as error:
+        raise CheckpointError(f"{base}: cannot be loaded as the base of {adapter}: {_one_line(error)}") from error
+    lacking = sorted(key for key in report["missing_keys"] if not key.startswith(MOECLIP_HEADS))
+    if lacking:
+        raise CheckpointError(f"{base}: lacks {len(lacking)} of the weights of a CLIP ({lacking[0]}, ...).")
+    return PeftModel.from_pretrained(
+        bare, str(adapter), adapter_name=adapter_name, is_trainable=is_trainable, revision=revision
+    )
+
+
+def _experts_by_block(base: MoECLIPModel, adapter_name: str) -> dict[int, nn.Module]:
+    """An adapter's experts by the block of the vision tower that they stand behind, counted from 0."""
+    layers = {
+        name: module.moe_lora_experts[adapter_name]
+        for name, module in base.named_modules()
+        if isinstance(module, MoELoraLayer) and adapter_name in module.moe_lora_experts
+    }
+    blocks = {f"vision_model.encoder.layers.{block}": block for block in range(len(base.vision_model.encoder.layers))}
+    for name in layers:
+        if name not in blocks:
+            raise CheckpointError(
+                f"{name} is adapted, and a full checkpoint has experts behind blocks of the vision tower alone."
+            )
+    return {blocks[name]: experts for name, experts in layers.items()}
+
+
+def _base_config(base: "str | PathLike[str]", settings: dict[str, Any]) -> MoECLIPConfig:
+    towers = ("text_config", "vision_config")
+    config = MoECLIPConfig.from_pretrained(
+        base, **{name: value for name, value in settings.items() if name not in towers}
+    )
+    for tower in towers:
+        for name, value in settings[tower].items():
+            setattr(getattr(config, tower), name, value)
+    return config
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hold back the report that a CLIP has no heads and its kind is not MoECLIP's: the adapter brings them."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _copy_sharing_weights(model: nn.Module) -> Any:
+    """Copy a model's modules and configuration, but not its tensors; whether they train is each model's own affair."""
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    shared |= {id(buffer): buffer for buffer in model.buffers()}
+    return copy.deepcopy(model, shared)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
