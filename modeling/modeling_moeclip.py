@@ -268,7 +268,9 @@ class MoECLIPModel(CLIPModel):
         """
         return self.text_model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
 
-    def pool_prompt_features(self, prompt_features: torch.Tensor, prompt_groups: torch.Tensor) -> torch.Tensor:
+    def pool_prompt_features(
+        self, prompt_features: torch.Tensor, prompt_groups: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         Make the anchors: text adapter, unit length a sentence, mean over a group's sentences, unit length.
 
@@ -280,8 +282,10 @@ class MoECLIPModel(CLIPModel):
             `torch.Tensor` of shape (C, 2, D), [normal, abnormal].
 
         Raises:
-            ValueError: if a class has no normal or no abnormal sentence.
+            ValueError: if a class has no normal or no abnormal sentence, or the groups are not given.
         """
+        if prompt_groups is None:
+            raise ValueError("prompt_groups is missing: pass on all that the processor returns for `text`.")
         if prompt_groups.shape != prompt_features.shape[:1]:
             raise ValueError(
                 f"prompt_groups {tuple(prompt_groups.shape)} must hold one group for each of the "
@@ -314,8 +318,6 @@ class MoECLIPModel(CLIPModel):
         Returns:
             `torch.Tensor` of shape (C, 2, D), [normal, abnormal].
         """
-        if prompt_groups is None:
-            raise ValueError("prompt_groups is missing: pass on all that the processor returns for `text`.")
         return self.pool_prompt_features(self.get_prompt_features(input_ids, attention_mask), prompt_groups)
 
     def _encode_patches(self, pixel_values: torch.Tensor, output_losses: bool):
@@ -343,6 +345,7 @@ class MoECLIPModel(CLIPModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         prompt_groups: torch.LongTensor | None = None,
+        prompt_features: torch.FloatTensor | None = None,
         text_embeds: torch.FloatTensor | None = None,
         class_index: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -356,6 +359,8 @@ class MoECLIPModel(CLIPModel):
             pixel_values (`torch.FloatTensor`): (B, 3, H, W), normalised; any size of at least one patch. Pixels beyond
                 the last whole patch are not seen.
             input_ids, attention_mask, prompt_groups: sentences, as in [`~MoECLIPModel.get_text_embeds`].
+            prompt_features (`torch.FloatTensor`): (P, text width), the sentences' features computed before by
+                [`~MoECLIPModel.get_prompt_features`], instead of `input_ids`: what training passes.
             text_embeds (`torch.FloatTensor`): (C, 2, D), anchors computed before, instead of sentences.
             class_index (`torch.LongTensor`, *optional*): (B,), the class of each image. Without it: the only class
                 there is, or class j for image j where there are as many classes as images.
@@ -370,9 +375,11 @@ class MoECLIPModel(CLIPModel):
         if pixel_values is None:
             raise ValueError("pixel_values is missing: pass on all that the processor returns for `images`.")
         if text_embeds is None:
-            if input_ids is None:
+            if input_ids is None and prompt_features is None:
                 raise ValueError("Pass either input_ids with prompt_groups (sentences) or text_embeds (anchors).")
-            text_embeds = self.get_text_embeds(input_ids, attention_mask, prompt_groups)
+            if prompt_features is None:
+                prompt_features = self.get_prompt_features(input_ids, attention_mask)
+            text_embeds = self.pool_prompt_features(prompt_features, prompt_groups)
         anchors = _anchors_of_images(text_embeds, class_index, len(pixel_values))
 
         with_targets = labels is not None or masks is not None

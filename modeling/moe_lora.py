@@ -105,6 +105,20 @@ def norm_matched_residual(hidden_states: torch.Tensor, update: torch.Tensor, res
     return torch.addcmul((1 - residual_weight) * hidden_states, update, scale).to(hidden_states.dtype)
 
 
+def load_variation(load: torch.Tensor) -> torch.Tensor:
+    """
+    Squared coefficient of variation of the experts' load: the balance term of one layer.
+
+    It is not linear in the load, so that of a batch spread over processes needs the load summed over them first.
+
+    Args:
+        load (`torch.Tensor`): (K,). With K = 1 the load cannot vary: 0.
+    """
+    if len(load) == 1:
+        return load.new_zeros(())
+    return (load.std() / (load.mean() + 1e-6)) ** 2
+
+
 def balance_loss(probabilities: torch.Tensor) -> torch.Tensor:
     """
     Squared coefficient of variation of the experts' load, the router probabilities summed over tokens.
@@ -112,10 +126,7 @@ def balance_loss(probabilities: torch.Tensor) -> torch.Tensor:
     Args:
         probabilities (`torch.Tensor`): (..., K). With K = 1 the load cannot vary: 0.
     """
-    load = probabilities.flatten(0, -2).sum(dim=0)
-    if len(load) == 1:
-        return load.new_zeros(())
-    return (load.std() / (load.mean() + 1e-6)) ** 2
+    return load_variation(probabilities.flatten(0, -2).sum(dim=0))
 
 
 def expert_gram(codes: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
@@ -310,6 +321,7 @@ __all__ = [
     "expert_gram",
     "fofs_projection",
     "in_float32",
+    "load_variation",
     "mix_experts",
     "norm_matched_residual",
     "record_outputs",

@@ -258,7 +258,7 @@ def _checked_domain(domain: str) -> str:
 def _without_crops(image_processor: Any) -> MoECLIPImageProcessor:
     """Replace a plain CLIP's image processor, which crops, by one that resizes."""
     edge = image_processor.crop_size["height"]
-    patch_size = 14 if edge % 14 == 0 and edge % 16 else 16
+    patch_size = 14 if edge % 14 == 0 else 16
     return MoECLIPImageProcessor.for_clip(
         edge, patch_size, image_mean=image_processor.image_mean, image_std=image_processor.image_std
     )
