@@ -92,12 +92,12 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
 
     def _answer(self, experts: MoELora, hidden_states: torch.Tensor, residual: bool) -> torch.Tensor:
         """Ask the experts in their own type, record what they return, and give their answer in the type asked in."""
-        recorder = self.moe_lora_outputs
         answer = experts if residual else experts.mix
         inputs = self._cast_input_dtype(hidden_states, experts.lora_B.dtype)
-        output = answer(inputs, output_losses=self.training and recorder is not None)
-        if recorder is not None:
-            recorder.append(output)
+        # Recorded or not: where gradient checkpointing runs the layer again, it has to do the same as before.
+        output = answer(inputs, output_losses=self.training)
+        if self.moe_lora_outputs is not None:
+            self.moe_lora_outputs.append(output)
         return output.hidden_states.to(hidden_states.dtype)
 
 
