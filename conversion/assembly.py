@@ -69,9 +69,10 @@ def expected_tensors(model_class: type[PreTrainedModel], config: PreTrainedConfi
 def build_model(model_class: type[ModelT], config: PreTrainedConfig, tensors: Tensors) -> ModelT:
     """Make a model, in eval mode and float32, of tensors that are known to be complete; they are copied."""
     copies = {name: tensor.detach().to(torch.float32, copy=True).contiguous() for name, tensor in tensors.items()}
-    model, info = model_class.from_pretrained(
+    loaded: Any = model_class.from_pretrained(
         None, config=config, state_dict=copies, dtype=torch.float32, output_loading_info=True
     )
+    model, info = loaded
     faults = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     refuse(model_class.__name__, faults)
     return model

@@ -84,6 +84,7 @@ def convert_released(adapter: str | Path | Adapter, clip: CLIPSource, **config: 
 
     source = describe(adapter, "The adapter")
     tensors = _read_adapter(adapter, source)
+    _refuse_other_clip(tensors, clip_model.config, source)
     inferred = _infer_settings(tensors, source)
     _refuse_contradictions(inferred, config, source)
     defaults = {"num_experts_per_tok": min(2, inferred.get("num_experts", 2))}
@@ -145,6 +146,28 @@ def _read_adapter(adapter: str | Path | Adapter, source: str) -> dict[str, torch
     return flat
 
 
+def _refuse_other_clip(tensors: Tensors, clip: Any, source: str) -> None:
+    """Tell a CLIP of other widths than the adapter's before every single tensor is called misshapen."""
+    text = tensors.get("text_adapter.0.fc.0.weight")
+    image = tensors.get("image_adapter.det_proj.ln.weight")
+    if text is None or image is None or text.dim() != 2 or image.dim() != 1:
+        return  # which the check of all tensors reports
+    of_adapter = {"vision width": len(image), "text width": text.shape[1], "embedding width": text.shape[0]}
+    of_clip = {
+        "vision width": clip.vision_config.hidden_size,
+        "text width": clip.text_config.hidden_size,
+        "embedding width": clip.projection_dim,
+    }
+    if of_adapter != of_clip:
+        adapter_widths, clip_widths = (
+            ", ".join(f"{name} {width}" for name, width in widths.items()) for widths in (of_adapter, of_clip)
+        )
+        raise ConversionError(
+            f"{source} was trained on another CLIP, of {adapter_widths}; this one has {clip_widths}: pass the one it "
+            "was trained on."
+        )
+
+
 def _infer_settings(tensors: Tensors, source: str) -> dict[str, Any]:
     """Read off an adapter's names and shapes what they tell of its experts and projections."""
     activated = any(re.fullmatch(r"image_adapter\.seg_proj\.\d+\.fc\.0\.weight", name) for name in tensors)
@@ -159,8 +182,9 @@ def _infer_settings(tensors: Tensors, source: str) -> dict[str, Any]:
         settings["num_experts"] = num_experts
         settings["lora_rank"] = len(next(iter(down_projections.values())))
         settings["use_fofs"] = all(
-            _is_fofs_projection(tensor, int(re.match(_EXPERT, name).group(1)), num_experts)
+            _is_fofs_projection(tensor, expert=int(match.group(1)), num_experts=num_experts)
             for name, tensor in down_projections.items()
+            if (match := re.match(_EXPERT, name))
         )
     return settings
 

@@ -1,7 +1,7 @@
 """A CLIP of transformers: a folder or Hub repository with its configuration, or bare weights of the same names."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import AutoConfig, CLIPConfig, CLIPModel
@@ -21,7 +21,7 @@ from moeclip_hf.conversion.openai_clip import is_openai_clip, openai_clip_from_t
 from moeclip_hf.conversion.reading import describe, is_repository, one_line, read_tensors
 from moeclip_hf.errors import ConversionError
 
-CLIPSource = str | Path | Tensors | CLIPModel
+CLIPSource: TypeAlias = str | Path | Tensors | CLIPModel
 
 # Our names are transformers' own; checkpoints of old versions also hold the positions' indices.
 TRANSFORMERS_TABLE = KeyTable(
@@ -66,11 +66,12 @@ def _load_repository(name: str) -> CLIPModel:
     if config.model_type != "clip":
         raise ConversionError(f"{name} is a {config.model_type} model, not a clip one.")
     try:
-        model, info = CLIPModel.from_pretrained(
+        loaded: Any = CLIPModel.from_pretrained(
             name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
         )
     except Exception as error:  # missing, damaged or unsafe weights
         raise ConversionError(f"{name} cannot be loaded as a CLIP: {one_line(error)}") from error
+    model, info = loaded
     refuse(
         name,
         {

@@ -6,6 +6,7 @@ import typer
 
 from moeclip_hf._version import __version__
 from moeclip_hf.cli.benchmarks import benchmarks
+from moeclip_hf.cli.convert import convert
 from moeclip_hf.cli.predict import predict
 from moeclip_hf.errors import MoECLIPError
 
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(predict)
 app.add_typer(benchmarks, name="benchmarks")
+app.add_typer(convert, name="convert")
 
 
 def _print_version(value: bool) -> None:

@@ -1,0 +1,238 @@
+"""`moeclip convert`: checkpoints of other formats, in and out."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moeclip_hf.cli.predict import Dtype
+
+convert = typer.Typer(help="Convert released adapters and OpenAI's CLIP, in and out.", no_args_is_help=True)
+
+_MOECLIP_SETTINGS = (
+    "num_experts",
+    "num_experts_per_tok",
+    "lora_rank",
+    "lora_alpha",
+    "use_fofs",
+    "moe_layers",
+    "residual_weight",
+    "feature_layers",
+    "aggregation_sizes",
+    "shared_projections",
+    "projection_activation",
+    "image_feature_layer",
+)
+
+
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of whole numbers such as 6,12,18,24.") from None
+
+
+Clip = Annotated[
+    str,
+    typer.Option(help="File of OpenAI's (.pt), state dict, safetensors, or transformers folder or Hub id."),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        help="Transformers folder or Hub id, or OpenAI's bpe_simple_vocab_16e6.txt.gz.",
+        show_default="that of a transformers CLIP",
+    ),
+]
+StoredDtype = Annotated[Dtype, typer.Option(help="Type that weights are stored in.")]
+VisionHeads = Annotated[
+    int | None, typer.Option(min=1, help="Attention heads.", show_default="width / 64, or the CLIP's")
+]
+TextHeads = Annotated[
+    int | None, typer.Option(min=1, help="Attention heads.", show_default="width / 64, or the CLIP's")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def _layers(help: str, default: str) -> Any:
+    return typer.Option(parser=_whole_numbers, metavar="N,N,...", help=help, show_default=default)
+
+
+@convert.command()
+def released(
+    adapter: Annotated[Path, typer.Option(help="Adapter checkpoint of the released code (.pth).")],
+    clip: Clip,
+    output: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    tokenizer: Tokenizer = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Pixels that images are resized to.", show_default="518 for patch 14 at 336, else the CLIP's"
+        ),
+    ] = None,
+    moe_layers: Annotated[
+        list | None, _layers("Adapted blocks, counted from 0.", "the quarters of the depth: 5,11,17,23 of 24")
+    ] = None,
+    feature_layers: Annotated[
+        list | None, _layers("Taps, counted from 1.", "the quarters of the depth: 6,12,18,24 of 24")
+    ] = None,
+    aggregation_sizes: Annotated[list | None, _layers("Windows of PAA; 1 turns it off.", "1,3,5")] = None,
+    num_experts_per_tok: Annotated[
+        int | None, typer.Option(min=1, help="k, experts a token.", show_default="2")
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="Experts are scaled by alpha / rank.", show_default="16")
+    ] = None,
+    residual_weight: Annotated[
+        float | None, typer.Option(help="lambda, the experts' share in a token.", show_default="0.1")
+    ] = None,
+    image_feature_layer: Annotated[
+        int | None,
+        typer.Option(
+            help="Tap of the image embedding.", show_default="the last, or without PAA the third last, as released"
+        ),
+    ] = None,
+    vision_heads: VisionHeads = None,
+    text_heads: TextHeads = None,
+    dtype: StoredDtype = Dtype.float32,
+    as_json: AsJson = False,
+) -> None:
+    """Join a released adapter with its CLIP to a complete checkpoint folder with its processor.
+
+    What the shapes tell is inferred. The activation is set to exact GELU, as the released code trains with it.
+    """
+    tokenizer = _find_tokenizer(tokenizer, clip)
+    _refuse_file(output)
+
+    import torch
+    from transformers.utils import logging
+
+    from moeclip_hf.conversion import convert_released, load_tokenizer, save_moeclip
+
+    logging.disable_progress_bar()
+
+    given = {
+        "moe_layers": moe_layers,
+        "feature_layers": feature_layers,
+        "aggregation_sizes": aggregation_sizes,
+        "num_experts_per_tok": num_experts_per_tok,
+        "lora_alpha": lora_alpha,
+        "residual_weight": residual_weight,
+        "image_feature_layer": image_feature_layer,
+    }
+    settings = {name: value for name, value in given.items() if value is not None}
+    model = convert_released(adapter, clip, **settings, **_heads(vision_heads, text_heads))
+    save_moeclip(
+        model,
+        load_tokenizer(tokenizer, model.config.text_config),
+        output,
+        image_size=image_size,
+        dtype=getattr(torch, dtype.value),
+    )
+    _report(
+        {**_describe_moeclip(model.config, tap_is_given=image_feature_layer is not None), "output": output}, as_json
+    )
+
+
+@convert.command()
+def openai(
+    clip: Clip,
+    output: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    tokenizer: Tokenizer = None,
+    vision_heads: VisionHeads = None,
+    text_heads: TextHeads = None,
+    dtype: StoredDtype = Dtype.float32,
+    as_json: AsJson = False,
+) -> None:
+    """Write a CLIP as a transformers folder with its processor, such as training starts from."""
+    tokenizer = _find_tokenizer(tokenizer, clip)
+    _refuse_file(output)
+
+    import torch
+    from transformers.utils import logging
+
+    from moeclip_hf.conversion import load_clip, load_tokenizer, save_clip
+
+    logging.disable_progress_bar()
+
+    model = load_clip(clip, **_heads(vision_heads, text_heads))
+    save_clip(model, load_tokenizer(tokenizer, model.config.text_config), output, dtype=getattr(torch, dtype.value))
+    activation = f"{model.config.vision_config.hidden_act}, as this CLIP was pretrained with it"
+    _report({**_describe_towers(model.config), "activation": activation, "output": output}, as_json)
+
+
+@convert.command()
+def export(
+    model: Annotated[str, typer.Option(help="MoECLIP checkpoint folder or Hub id.")],
+    output: Annotated[Path, typer.Option(help="Adapter checkpoint to write (.pth).")],
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint's adapter as the released code saves it; its CLIP is not in it."""
+    import torch
+    from transformers.utils import logging
+
+    from moeclip_hf.conversion import export_released, settings_beside_adapter
+    from moeclip_hf.pretrained import load_pretrained
+
+    logging.disable_progress_bar()
+
+    loaded = load_pretrained(model, device="cpu", dtype=torch.float32).model
+    output.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"epoch": 0, "optimizer_state_dict": {}, **export_released(loaded)}, output)
+    if not as_json:
+        typer.echo("Not in the file, and to be set by hand where it is used:")
+    _report({**settings_beside_adapter(loaded.config), "output": output}, as_json)
+
+
+def _find_tokenizer(tokenizer: str | None, clip: str) -> str:
+    """The tokenizer given, or that of a transformers CLIP."""
+    if tokenizer is not None:
+        return tokenizer
+    from moeclip_hf.conversion.reading import is_repository
+
+    if is_repository(clip):
+        return clip
+    raise typer.BadParameter(
+        "needed, as a CLIP file has no tokenizer: a transformers folder or Hub id, or OpenAI's "
+        "bpe_simple_vocab_16e6.txt.gz",
+        param_hint="--tokenizer",
+    )
+
+
+def _refuse_file(output: Path) -> None:
+    if output.is_file():
+        raise typer.BadParameter(f"{output} is a file, not a folder", param_hint="--output")
+
+
+def _heads(vision: int | None, text: int | None) -> dict[str, Any]:
+    given = {"vision_config": vision, "text_config": text}
+    return {tower: {"num_attention_heads": heads} for tower, heads in given.items() if heads is not None}
+
+
+def _describe_towers(config: Any) -> dict[str, Any]:
+    towers = {
+        name: f"{tower.num_hidden_layers} blocks, width {tower.hidden_size}, {tower.num_attention_heads} heads"
+        for name, tower in (("vision_tower", config.vision_config), ("text_tower", config.text_config))
+    }
+    towers["vision_tower"] += f", patch {config.vision_config.patch_size}, {config.vision_config.image_size} pixels"
+    return towers
+
+
+def _describe_moeclip(config: Any, tap_is_given: bool) -> dict[str, Any]:
+    """What was inferred, given and set, with the two habits of the released code said in words."""
+    facts = {name: getattr(config, name) for name in _MOECLIP_SETTINGS}
+    facts["activation"] = f"{config.vision_config.hidden_act}, as the released code trains with it"
+    if not tap_is_given and config.image_feature_layer != config.feature_layers[-1]:
+        tap = config.image_feature_layer
+        facts["image_feature_layer"] = f"{tap}, the third last tap, which the released code takes without PAA"
+    return _describe_towers(config) | facts
+
+
+def _report(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts, default=str))
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        typer.echo(f"{name.replace('_', ' '):<{width}}  {shown}")
