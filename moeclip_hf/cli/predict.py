@@ -1,7 +1,6 @@
 """`moeclip predict`: scores, verdicts and heat maps for images."""
 
 import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
@@ -79,6 +78,7 @@ def predict(
 
     rows: list[dict[str, Any]] = []
     pending: list[Any] = []
+    unreadable = 0
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as writer:
         for prediction in track(predictions, "scoring", len(paths), console=errors, transient=True):
             row = _describe(prediction, class_name, threshold)
@@ -93,6 +93,7 @@ def predict(
                 while len(pending) > _WRITES_AHEAD:
                     pending.pop(0).result()
             else:
+                unreadable += 1
                 typer.echo(f"moeclip: {_printable(prediction.error)}", err=True)
             if as_json:
                 print(json.dumps(row), flush=True)
@@ -105,8 +106,8 @@ def predict(
         _print_table(rows, threshold, class_name)
         if overlays or maps:
             typer.echo(f"Written to {output_dir}{'' if output_dir.is_absolute() else ' (in this folder)'}")
-    if any(row["score"] is None for row in rows):
-        sys.exit(1)
+    if unreadable:
+        raise typer.Exit(1)
 
 
 def _output_names(paths: list[Path]) -> dict[Path, Path]:

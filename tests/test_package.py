@@ -1,0 +1,99 @@
+"""The package: built, installed, imported and run as a user would."""
+
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "transformers", "datasets", "numpy", "scipy", "PIL", "peft")
+
+
+def run(*command: str | Path, cwd: Path | None = None) -> str:
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT)
+    return {"wheel": next(folder.glob("*.whl")), "sdist": next(folder.glob("*.tar.gz"))}
+
+
+def test_wheel_and_sdist_hold_the_whole_package(distributions):
+    with zipfile.ZipFile(distributions["wheel"]) as wheel:
+        names = set(wheel.namelist())
+    for part in ("modeling/modeling_moeclip.py", "conversion/released.py", "cli/predict.py", "py.typed"):
+        assert f"moeclip_hf/{part}" in names
+    assert any(name.startswith("moeclip_hf/checkpoints/") and name.endswith(".safetensors") for name in names)
+    assert not any(name.startswith(("tests/", "modeling/", "conversion/")) for name in names)
+    with tarfile.open(distributions["sdist"]) as sdist:
+        assert any(name.endswith("/modeling/modeling_moeclip.py") for name in sdist.getnames())
+
+
+def test_the_wheel_works_in_a_fresh_environment_and_another_folder(distributions, tmp_path):
+    venv.create(tmp_path / "env", with_pip=True)
+    bin_folder = tmp_path / "env" / ("Scripts" if sys.platform == "win32" else "bin")
+    run(bin_folder / "python", "-m", "pip", "install", "--quiet", "--no-deps", distributions["wheel"])
+    # The dependencies are this environment's: a path alone, which does not bring along what is installed editable.
+    site_packages = run(bin_folder / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    (Path(site_packages) / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    location = run(bin_folder / "python", "-c", "import moeclip_hf; print(moeclip_hf.__file__)", cwd=elsewhere)
+    assert Path(location.strip()).is_relative_to(tmp_path / "env")
+    assert "predict" in run(bin_folder / "moeclip", "--help", cwd=elsewhere)
+    run(
+        bin_folder / "python",
+        "-c",
+        "from PIL import Image; Image.new('RGB', (64, 48), 'grey').save('part.png')",
+        cwd=elsewhere,
+    )
+    assert "part.png" in run(bin_folder / "moeclip", "predict", "part.png", cwd=elsewhere)
+    assert (elsewhere / "moeclip-output" / "part_overlay.png").exists()
+
+
+def test_importing_the_package_and_asking_for_help_load_nothing_heavy():
+    code = f"import sys, moeclip_hf; print([name for name in {HEAVY} if name in sys.modules])"
+    assert run(sys.executable, "-c", code).strip() == "[]"
+    code = (
+        "import sys, contextlib, moeclip_hf.cli as cli\n"
+        "sys.argv = ['moeclip', '--help']\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    cli.main()\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    assert run(sys.executable, "-c", code).strip().endswith("[]")
+
+
+@pytest.mark.parametrize("first", ["import moeclip_hf", "from transformers import AutoModel"])
+@pytest.mark.parametrize("used", ["AutoModel", "CLIPConfig", "CLIPModel", "AutoProcessor", "AutoConfig"])
+def test_the_auto_classes_know_moeclip_whatever_is_imported_first(first, used):
+    second = "import moeclip_hf" if first != "import moeclip_hf" else ""
+    code = (
+        f"{first}\n{second}\n"
+        f"from transformers import {used}, AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor\n"
+        "from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT as folder\n"
+        "classes = (AutoConfig, AutoModel, AutoProcessor, AutoImageProcessor)\n"
+        "print(*(type(auto.from_pretrained(folder)).__name__ for auto in classes))"
+    )
+    expected = "MoECLIPConfig MoECLIPModel MoECLIPProcessor MoECLIPImageProcessor"
+    assert run(sys.executable, "-c", code).strip() == expected
+
+
+def test_every_public_name_is_there_and_the_version_stands_in_one_place():
+    import moeclip_hf
+
+    for name in moeclip_hf.__all__:
+        assert getattr(moeclip_hf, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'MoECLIPModle'"):
+        _ = moeclip_hf.MoECLIPModle
+    assert run(sys.executable, "-m", "moeclip_hf.cli", "--version").strip() == f"moeclip-hf {moeclip_hf.__version__}"

@@ -1,0 +1,178 @@
+"""`moeclip predict`, as people and machines call it."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from moeclip_hf.cli import app
+from moeclip_hf.errors import CheckpointError, MoECLIPError
+from moeclip_hf.prediction import find_images, predict
+from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
+from moeclip_hf.visualization import draw_overlay
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    return load_pretrained(device="cpu")
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """Two pictures, one of them with a dark spot, in unlike sizes and formats."""
+    folder = tmp_path / "images"
+    (folder / "line 2").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    grain = rng.normal(150, 8, (96, 130, 1)).repeat(3, axis=2)
+    Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(folder / "good.png")
+    grain[40:62, 70:95] = 15
+    Image.fromarray(grain.clip(0, 255).astype(np.uint8)).resize((65, 48)).save(
+        folder / "line 2" / "spot.jpg", quality=95
+    )
+    return folder
+
+
+def run(*arguments: str | Path, cwd: Path):
+    previous = Path.cwd()
+    os.chdir(cwd)
+    try:
+        return CliRunner().invoke(app, ["predict", *map(str, arguments), "--device", "cpu"])
+    finally:
+        os.chdir(previous)
+
+
+def test_people_get_a_table_and_overlays_of_the_images_own_size(images, tmp_path):
+    result = run("images", "--class-name", "granite", cwd=tmp_path)
+    assert result.exit_code == 0
+    assert "good.png" in result.stdout
+    assert "spot.jpg" in result.stdout
+    assert Image.open(tmp_path / "moeclip-output" / "good_overlay.png").size == (130, 96)
+    assert Image.open(tmp_path / "moeclip-output" / "spot_overlay.png").size == (65, 48)
+
+
+def test_machines_get_a_line_of_json_an_image(images, tmp_path):
+    result = run(
+        images, "--json", "--maps", "npy", "--output-dir", tmp_path / "out", "--threshold", "0.1", cwd=tmp_path
+    )
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [Path(row["image"]).name for row in rows] == ["good.png", "spot.jpg"]
+    for row in rows:
+        assert 0 <= row["score"] <= 1
+        assert row["is_anomalous"] is (row["score"] >= 0.1)
+        anomaly_map = np.load(row["map"])
+        assert anomaly_map.shape == (row["height"], row["width"])
+        assert 0 <= anomaly_map.min() <= anomaly_map.max() <= 1
+        assert Path(row["overlay"]).exists()
+
+
+def test_maps_of_sixteen_bits_hold_the_same_values(images, tmp_path):
+    for format in ("npy", "png"):
+        run(images / "good.png", "--maps", format, "--no-overlays", "--output-dir", tmp_path / "out", cwd=tmp_path)
+    values = np.load(tmp_path / "out" / "good_map.npy")
+    picture = Image.open(tmp_path / "out" / "good_map.png")
+    assert picture.mode.startswith("I;16")
+    assert np.abs(np.asarray(picture) / 65535 - values).max() < 1e-5
+    assert not (tmp_path / "out" / "good_overlay.png").exists()
+
+
+def test_an_unreadable_file_is_named_and_the_rest_is_done(images, tmp_path):
+    (images / "broken.png").write_bytes(b"no image")
+    result = run(images, images / "gone.png", "--json", cwd=tmp_path)
+    assert result.exit_code == 1
+    rows = {Path(json.loads(line)["image"]).name: json.loads(line) for line in result.stdout.splitlines()}
+    assert rows["broken.png"]["score"] is None
+    assert "broken.png: cannot be read" in rows["broken.png"]["error"]
+    assert "no such file" in rows["gone.png"]["error"]
+    assert rows["good.png"]["score"] is not None
+    assert "broken.png" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--nonsense"], [], ["x.png", "--batch-size", "0"], ["x.png", "--maps", "gif"]])
+def test_wrong_usage_ends_with_status_2(arguments, tmp_path):
+    assert run(*arguments, cwd=tmp_path).exit_code == 2
+
+
+def test_files_folders_and_patterns_are_found_once_and_in_order(images):
+    good, spot = images / "good.png", images / "line 2" / "spot.jpg"
+    assert find_images([images]) == [good, spot]
+    assert find_images([good, images, str(images / "**" / "*.jpg")]) == [good, spot]
+    assert find_images([images / "gone.png"]) == [images / "gone.png"]
+    assert find_images([images], exclude=images / "line 2") == [good]
+    (images / "empty").mkdir()
+    for nothing in (images / "empty", images / "*.tiff"):
+        with pytest.raises(MoECLIPError, match="holds no images"):
+            find_images([nothing])
+
+
+def test_results_of_files_with_one_name_do_not_overwrite_each_other(images, tmp_path):
+    (images / "line 2" / "good.png").write_bytes((images / "good.png").read_bytes())
+    result = run(images, "--json", cwd=tmp_path)
+    overlays = [json.loads(line)["overlay"] for line in result.stdout.splitlines()]
+    assert len(set(overlays)) == 3
+    assert all((tmp_path / overlay).exists() for overlay in overlays)
+
+
+def test_a_score_does_not_depend_on_the_batch(images, pretrained):
+    paths = find_images([images]) * 3
+    scores = {size: [p.score for p in predict(pretrained, paths, "wood", batch_size=size)] for size in (1, 2, 6)}
+    assert scores[2] == pytest.approx(scores[1], abs=1e-6)
+    assert scores[6] == pytest.approx(scores[1], abs=1e-6)
+
+
+def test_the_map_points_at_the_spot(images, pretrained):
+    prediction = next(predict(pretrained, [images / "line 2" / "spot.jpg"], "granite"))
+    row, column = np.unravel_index(prediction.anomaly_map.argmax(), prediction.anomaly_map.shape)
+    assert 18 <= row <= 33
+    assert 33 <= column <= 50
+
+
+def test_predictions_equal_those_of_the_auto_classes(images, pretrained):
+    from transformers import AutoModel, AutoProcessor
+
+    import moeclip_hf  # noqa: F401
+
+    model = AutoModel.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
+    image = Image.open(images / "good.png")
+    with torch.no_grad():
+        outputs = model(**processor(images=image, text=["wood"], return_tensors="pt"))
+    expected = processor.post_process_anomaly_detection(outputs, [(image.height, image.width)])[0]
+    prediction = next(predict(pretrained, [images / "good.png"], "wood"))
+    assert prediction.score == pytest.approx(expected["score"], abs=1e-6)
+    assert np.allclose(prediction.anomaly_map, expected["map"].numpy(), atol=1e-5)
+
+
+def test_checkpoints_that_cannot_score_are_refused_with_the_reason(tmp_path):
+    from tiny_models import tiny_config
+    from transformers import CLIPConfig, CLIPModel
+
+    with pytest.raises(CheckpointError, match="nowhere"):
+        load_pretrained(tmp_path / "nowhere")
+    config = tiny_config()
+    towers = {"vision_config": config.vision_config.to_dict(), "text_config": config.text_config.to_dict()}
+    CLIPModel(CLIPConfig(**towers)).save_pretrained(tmp_path / "clip")
+    for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "clip" / name).write_bytes((EMBEDDED_CHECKPOINT / name).read_bytes())
+    with pytest.raises(CheckpointError, match=r"lacks \d+ of MoECLIP's weights.*plain CLIP has to be trained"):
+        load_pretrained(tmp_path / "clip")
+    result = CliRunner().invoke(app, ["predict", "x.png", "--model", str(tmp_path / "nowhere")])
+    assert isinstance(result.exception, CheckpointError)
+
+
+def test_an_overlay_is_the_image_where_nothing_is_anomalous_and_warm_where_something_is():
+    image = Image.new("RGB", (40, 30), (100, 100, 100))
+    anomaly_map = np.zeros((30, 40), dtype=np.float32)
+    anomaly_map[10:20, 10:20] = 1
+    overlay = np.asarray(draw_overlay(image, anomaly_map)).astype(int)
+    assert (overlay[:8] == 100).all()
+    inside = overlay[12:18, 12:18].reshape(-1, 3).mean(axis=0)
+    assert inside[0] > inside[2] > 100
+    framed = np.asarray(draw_overlay(image, anomaly_map, [{"box": [10, 10, 20, 20]}]))
+    assert (framed[9, 9:21] == (0, 255, 255)).all()
+    assert (framed[10:20, 10:20] == overlay[10:20, 10:20]).all()
