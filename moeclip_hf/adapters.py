@@ -132,7 +132,7 @@ def load_adapter(
     except Exception as error:
         raise CheckpointError(f"{adapter}: cannot be read as an adapter: {_one_line(error)}") from error
     if not isinstance(config, MoELoraConfig) or config.base_settings is None:
-        raise CheckpointError(f"{adapter}: is not an adapter for a MoECLIP, but a {config.peft_type} one.")
+        raise CheckpointError(f"{adapter}: is not a MoE-LoRA adapter made over a MoECLIP.")
     base = base or config.base_model_name_or_path
     if base is None:
         raise CheckpointError(f"{adapter}: does not name its base: pass base, the CLIP that it was made over.")

@@ -68,6 +68,9 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         with torch.no_grad():
             experts.reset_parameters()
         self.moe_lora_experts[adapter_name] = experts
+        # An adapter that is put into a model in eval mode is in eval mode too, without dropout.
+        self.training = self.base_layer.training
+        self.moe_lora_experts.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 

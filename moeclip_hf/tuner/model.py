@@ -81,7 +81,7 @@ class MoELoraModel(BaseTuner):
         Raises:
             ValueError: if a target lies within another.
         """
-        targets = {name for name, _ in model.named_modules() if self._check_target_module_exists(peft_config, name)}
+        targets = [name for name, _ in model.named_modules() if self._check_target_module_exists(peft_config, name)]
         for inner in targets:
             outer = next((name for name in targets if inner.startswith(f"{name}.")), None)
             if outer:

@@ -1,0 +1,86 @@
+"""The configuration of a MoE-LoRA adapter, and its registration with PEFT."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from peft import PeftConfig, PeftType
+
+from moeclip_hf.tuner import MoELoraConfig, MoELoraModel, register
+
+SETTINGS = {
+    "r": 3,
+    "lora_alpha": 7,
+    "lora_dropout": 0.2,
+    "num_experts": 5,
+    "num_experts_per_tok": 4,
+    "use_fofs": False,
+    "residual_weight": 0.6,
+    "target_modules": ["encoder.layers.1", "q_proj"],
+    "exclude_modules": ["text_model.encoder.layers.1"],
+    "modules_to_save": ["text_adapter"],
+    "base_settings": {"feature_layers": [1, 2]},
+}
+
+
+@pytest.mark.parametrize("config_class", [MoELoraConfig, PeftConfig])
+def test_every_setting_survives_a_folder(tmp_path, config_class):
+    MoELoraConfig(**SETTINGS).save_pretrained(tmp_path)
+    loaded = config_class.from_pretrained(str(tmp_path))
+    assert type(loaded) is MoELoraConfig
+    assert loaded.peft_type is PeftType.MOE_LORA
+    for name, value in SETTINGS.items():
+        expected = set(value) if name in ("target_modules", "exclude_modules") else value
+        assert getattr(loaded, name) == expected
+
+
+def test_the_file_names_the_type(tmp_path):
+    MoELoraConfig().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "MOE_LORA"
+
+
+def test_defaults_are_those_of_the_paper():
+    config = MoELoraConfig()
+    assert (config.num_experts, config.num_experts_per_tok, config.r, config.lora_alpha) == (4, 2, 8, 16)
+    assert (config.lora_dropout, config.residual_weight, config.use_fofs) == (0.05, 0.1, True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 0}, r"r \(0\)"),
+        ({"num_experts": 2, "num_experts_per_tok": 3}, r"num_experts_per_tok \(3\).*num_experts \(2\)"),
+        ({"num_experts_per_tok": 0}, r"num_experts_per_tok \(0\).*num_experts \(4\)"),
+        ({"lora_dropout": 1.5}, r"lora_dropout \(1\.5\) must lie between 0 and 1"),
+        ({"residual_weight": -0.1}, r"residual_weight \(-0\.1\) must lie between 0 and 1"),
+    ],
+)
+def test_contradictions_are_refused_with_the_values(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MoELoraConfig(**settings)
+
+
+def test_the_type_is_a_member_like_any_other():
+    assert PeftType("MOE_LORA") is PeftType.MOE_LORA is PeftType["MOE_LORA"]
+    assert PeftType.MOE_LORA == "MOE_LORA"
+    assert isinstance(PeftType.MOE_LORA, PeftType)
+    assert hash(PeftType.MOE_LORA) == hash("MOE_LORA")
+    assert list(PeftType).count(PeftType.MOE_LORA) == 1
+
+
+def test_registering_again_changes_nothing():
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    before = len(PeftType)
+    register()
+    assert len(PeftType) == before
+    assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.MOE_LORA] is MoELoraModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.MOE_LORA] == "moe_lora_"
+
+
+def test_importing_the_tuner_registers_the_type(tmp_path):
+    MoELoraConfig(r=3).save_pretrained(tmp_path)
+    code = f"import peft, moeclip_hf.tuner; print(peft.PeftConfig.from_pretrained({str(tmp_path)!r}).r)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "3"
