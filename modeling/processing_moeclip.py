@@ -152,9 +152,8 @@ class MoECLIPProcessor(ProcessorMixin):
         Returns:
             `torch.Tensor` of shape (B, H, W), on the benchmark's own scale, which is not 0 to 1.
         """
-        num_maps = outputs.anomaly_logits.shape[1]
-        grid = (num_maps * self._smoothed_logits(outputs, domain) + num_maps) / 2
-        return _upsample(grid, target_sizes)
+        summed = ((outputs.anomaly_logits + 1) / 2).sum(dim=1)
+        return _upsample(smooth(summed, domain or self.domain), target_sizes)
 
     def post_process_anomaly_detection(
         self,
@@ -167,10 +166,10 @@ class MoECLIPProcessor(ProcessorMixin):
         """
         Read a verdict for each image, from that image and the checkpoint alone.
 
-        The map is the probability of abnormal behind the mean of all maps' logits: the benchmark's map on a scale of 0
-        to 1, in the same order. The score is made as the benchmark makes it of values in that range: in industry the
-        mean of the map's maximum and `(cos(image, t_a) + 1) / 2`, in medicine the map's maximum. The maximum is taken
-        over patches, so that a score does not depend on the size of the map.
+        Every one of the M maps holds, as trained, a softmax's probability of abnormal; they are smoothed and upsampled as
+        the benchmark's maps are, and averaged. The score is the map's maximum, and in industry its mean with the
+        probability of abnormal that the image embedding gives, a softmax of its two cosines as trained. The maximum is
+        taken over patches, so that a score does not depend on the size of the map.
 
         Args:
             outputs ([`MoECLIPOutput`])
@@ -184,19 +183,20 @@ class MoECLIPProcessor(ProcessorMixin):
             (`bool`) and `regions`, a list of dicts with `box` ([left, top, right, bottom] in pixels, the last two
             exclusive), `area` (pixels) and `score` (the map's maximum within), highest score first.
         """
-        logits = self._smoothed_logits(outputs, domain)
+        domain = domain or self.domain
+        grids = smooth(outputs.anomaly_logits.sigmoid().mean(dim=1), domain)
         if target_sizes is None:
-            target_sizes = [tuple(logits.shape[-2:])] * len(logits)
-        if len(target_sizes) != len(logits):
-            raise ValueError(f"There are {len(target_sizes)} target_sizes for {len(logits)} images.")
-        scores = logits.flatten(1).amax(dim=1).sigmoid()
-        if _checked_domain(domain or self.domain) == "industrial":
-            scores = (scores + ((outputs.logits_per_image[:, 1] + 1) / 2).clamp(0, 1)) / 2
+            target_sizes = [tuple(grids.shape[-2:])] * len(grids)
+        if len(target_sizes) != len(grids):
+            raise ValueError(f"There are {len(target_sizes)} target_sizes for {len(grids)} images.")
+        scores = grids.flatten(1).amax(dim=1)
+        if domain == "industrial":
+            scores = (scores + outputs.logits_per_image.softmax(dim=1)[:, 1]) / 2
         threshold = self.image_threshold if threshold is None else threshold
         pixel_threshold = self.pixel_threshold if pixel_threshold is None else pixel_threshold
         results = []
-        for grid, score, (height, width) in zip(logits, scores.tolist(), target_sizes, strict=True):
-            anomaly_map = _upsample(grid.unsqueeze(0), (int(height), int(width)))[0].sigmoid()
+        for grid, score, (height, width) in zip(grids, scores.tolist(), target_sizes, strict=True):
+            anomaly_map = _upsample(grid.unsqueeze(0), (int(height), int(width)))[0]
             results.append(
                 {
                     "score": score,
@@ -207,12 +207,12 @@ class MoECLIPProcessor(ProcessorMixin):
             )
         return results
 
-    def _smoothed_logits(self, outputs: MoECLIPOutput, domain: str | None) -> torch.Tensor:
-        """Mean of the maps' anomaly logits, smoothed: (B, h, w), float32."""
-        logits = outputs.anomaly_logits.float().mean(dim=1)
-        kernel_size, sigma = _BLUR[_checked_domain(domain or self.domain)]
-        rows, columns = (blur_matrix(length, kernel_size, sigma).to(logits.device) for length in logits.shape[-2:])
-        return rows @ logits @ columns.T
+
+def smooth(grids: torch.Tensor, domain: str) -> torch.Tensor:
+    """Blur maps (B, h, w) on the patch grid: 7 x 7 and sigma 1 in industry, 9 x 9 and sigma 1.5 in medicine."""
+    kernel_size, sigma = _BLUR[_checked_domain(domain)]
+    rows, columns = (blur_matrix(length, kernel_size, sigma).to(grids) for length in grids.shape[-2:])
+    return rows @ grids @ columns.T
 
 
 def find_regions(anomaly_map: torch.Tensor, threshold: float) -> list[dict[str, Any]]:
@@ -264,4 +264,4 @@ def _without_crops(image_processor: Any) -> MoECLIPImageProcessor:
     )
 
 
-__all__ = ["MoECLIPProcessor", "blur_matrix", "compose_prompts", "find_regions"]
+__all__ = ["MoECLIPProcessor", "blur_matrix", "compose_prompts", "find_regions", "smooth"]

@@ -19,22 +19,31 @@ def heat_colours(anomaly_map: np.ndarray) -> np.ndarray:
 
 
 def draw_overlay(
-    image: Image.Image, anomaly_map: np.ndarray, regions: Sequence[dict[str, Any]] = (), opacity: float = 0.65
+    image: Image.Image,
+    anomaly_map: np.ndarray,
+    regions: Sequence[dict[str, Any]] = (),
+    pixel_threshold: float = 0.5,
+    opacity: float = 0.7,
 ) -> Image.Image:
     """
     Lay an anomaly map over its image, the more opaque the more anomalous, and frame its regions.
+
+    The threshold takes the middle of the colours, and twice the threshold the last: checkpoints differ in how high
+    their maps rise, and pictures of one checkpoint stay comparable.
 
     Args:
         image (`PIL.Image.Image`): RGB, W x H.
         anomaly_map (`np.ndarray`): (H, W), 0 to 1.
         regions (*optional*): as [`MoECLIPProcessor.post_process_anomaly_detection`] returns them.
-        opacity (`float`): of the map at 1, 0 to 1.
+        pixel_threshold (`float`): the map's value from which on a pixel is anomalous, over 0.
+        opacity (`float`): of the last colour, 0 to 1.
 
     Returns:
         `PIL.Image.Image`: RGB, as large as the image.
     """
-    alpha = (opacity * anomaly_map)[..., np.newaxis].astype(np.float32)
-    pixels = np.asarray(image, dtype=np.float32) * (1 - alpha) + heat_colours(anomaly_map) * alpha
+    heat = np.clip(anomaly_map / (2 * max(pixel_threshold, 1e-6)), 0, 1).astype(np.float32)
+    alpha = opacity * heat[..., np.newaxis]
+    pixels = np.asarray(image, dtype=np.float32) * (1 - alpha) + heat_colours(heat) * alpha
     overlay = Image.fromarray(np.rint(pixels).astype(np.uint8))
     draw = ImageDraw.Draw(overlay)
     width = max(1, round(min(image.size) / 200))

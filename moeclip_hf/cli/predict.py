@@ -72,9 +72,11 @@ def predict(
     errors = Console(stderr=True)
     paths = find_images(images, exclude=output_dir)
     pretrained = load_pretrained(model, device, dtype.value if dtype else None)
+    processor = pretrained.processor
+    threshold = processor.image_threshold if threshold is None else threshold
+    pixel_threshold = processor.pixel_threshold if pixel_threshold is None else pixel_threshold
     names = _output_names(paths)
     predictions = predict_files(pretrained, paths, class_name, batch_size, threshold, pixel_threshold)
-    threshold = pretrained.processor.image_threshold if threshold is None else threshold
 
     rows: list[dict[str, Any]] = []
     pending: list[Any] = []
@@ -89,7 +91,7 @@ def predict(
                     "map": stem.with_name(f"{stem.name}_map.{maps.value}") if maps else None,
                 }
                 row |= {name: str(target) for name, target in targets.items() if target}
-                pending.append(writer.submit(_write, prediction, **targets))
+                pending.append(writer.submit(_write, prediction, pixel_threshold, **targets))
                 while len(pending) > _WRITES_AHEAD:
                     pending.pop(0).result()
             else:
@@ -135,7 +137,7 @@ def _describe(prediction: "Prediction", class_name: str, threshold: float) -> di
     }
 
 
-def _write(prediction: "Prediction", overlay: Path | None, map: Path | None) -> None:
+def _write(prediction: "Prediction", pixel_threshold: float, overlay: Path | None, map: Path | None) -> None:
     import numpy as np
     from PIL import Image
 
@@ -144,7 +146,7 @@ def _write(prediction: "Prediction", overlay: Path | None, map: Path | None) -> 
     for target in filter(None, (overlay, map)):
         target.parent.mkdir(parents=True, exist_ok=True)
     if overlay:
-        picture = draw_overlay(prediction.image, prediction.anomaly_map, prediction.regions)
+        picture = draw_overlay(prediction.image, prediction.anomaly_map, prediction.regions, pixel_threshold)
         picture.save(overlay, compress_level=1)
     if map and map.suffix == ".npy":
         np.save(map, prediction.anomaly_map)
