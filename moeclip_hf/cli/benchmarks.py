@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from moeclip_hf.data import Benchmark, CheckReport
 
 benchmarks = typer.Typer(help="List the benchmarks, check a copy on disk, or write a synthetic one.")
@@ -53,15 +55,50 @@ def check(
         raise typer.Exit(1)
 
 
+@benchmarks.command()
+def textures(
+    out: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    families: Annotated[str | None, typer.Option(help="Textures, with commas between; all by default.")] = None,
+    defects: Annotated[str | None, typer.Option(help="Defects, with commas between; all by default.")] = None,
+    normal: Annotated[int, typer.Option(min=0, help="Normal test images a class.")] = 20,
+    anomalous: Annotated[int, typer.Option(min=0, help="Anomalous test images a class.")] = 20,
+    train: Annotated[int, typer.Option(min=0, help="Normal training images a class.")] = 0,
+    size: Annotated[int, typer.Option(min=32, help="Side of the images in pixels.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal images.")] = 0,
+) -> None:
+    """Write a benchmark of synthetic textures with exact masks, in MVTec AD's tree."""
+    from moeclip_hf.data.textures import write_texture_benchmark
+
+    with _progress_bar() as bar:
+        task = bar.add_task("textures", total=None)
+        write_texture_benchmark(
+            out,
+            families.split(",") if families else None,
+            defects.split(",") if defects else None,
+            normal=normal,
+            anomalous=anomalous,
+            train=train,
+            size=size,
+            seed=seed,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    typer.echo(f"wrote {out}")
+
+
 def _check(benchmark: Benchmark, data_dir: Path, quiet: bool) -> CheckReport:
+    from moeclip_hf.data import check_benchmark
+
+    with _progress_bar(quiet) as bar:
+        task = bar.add_task(benchmark.name, total=None)
+        return check_benchmark(benchmark, data_dir, lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def _progress_bar(quiet: bool = False) -> Progress:
     from rich.console import Console
     from rich.progress import Progress
 
-    from moeclip_hf.data import check_benchmark
-
-    with Progress(console=Console(stderr=True), transient=True, disable=quiet) as bar:
-        task = bar.add_task(benchmark.name, total=None)
-        return check_benchmark(benchmark, data_dir, lambda done, total: bar.update(task, completed=done, total=total))
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=quiet or not console.is_terminal)
 
 
 def _facts(benchmark: Benchmark) -> dict[str, Any]:
