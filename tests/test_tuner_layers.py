@@ -96,6 +96,20 @@ def test_fresh_experts_leave_a_linear_layer_alone_and_shorten_a_block():
     torch.testing.assert_close(block(inputs), 0.75 * block.base_layer(inputs))
 
 
+def test_experts_are_drawn_with_the_deviation_asked_for_and_then_have_no_spike_of_gradient():
+    torch.manual_seed(0)
+    inputs, norms = torch.randn(2, 50, WIDTH), {}
+    for deviation in (0.0, 0.02):
+        config = MoELoraConfig(r=5, num_experts=4, lora_dropout=0.0, initializer_range=deviation)
+        layer = MoELoraBlock(Block(), "default", config)
+        experts = layer.moe_lora_experts["default"]
+        for weight in (experts.lora_B, experts.router.weight):
+            assert weight.std().item() == pytest.approx(deviation, rel=0.2)
+        (layer(inputs) * torch.randn(2, 50, WIDTH)).sum().backward()
+        norms[deviation] = experts.lora_B.grad.norm()
+    assert norms[0.0] > 1e4 * norms[0.02]
+
+
 def test_fofs_rows_are_orthonormal_and_no_parameter():
     experts = MoELoraBlock(Block(), "default", MoELoraConfig(r=5, num_experts=3)).moe_lora_experts["default"]
     rows = experts.lora_A.flatten(0, 1)

@@ -36,6 +36,10 @@ class MoELoraConfig(PeftConfig):
         residual_weight (`float`, *optional*, defaults to 0.1):
             lambda: an adapted block returns `lambda * experts + (1 - lambda) * block`, the experts' answer brought to
             the length of its token. Linear layers have no such residual.
+        initializer_range (`float`, *optional*, defaults to 0):
+            Standard deviation that routers and B are drawn with. 0 is the paper's start. Behind a block, where the
+            residual divides by the norm of the experts' answer, the gradient of the first step from there is some
+            10^6 times as large as any later one, and Adam does not recover from it soon: to train, use 0.02 or so.
         target_modules (`list[str]` or `str`, *optional*):
             Suffixes of module names, or a regular expression that must match a whole name. By default, for a CLIP, the
             vision tower's blocks at the quarters of its depth, and for a MoECLIP those that it takes features from.
@@ -65,6 +69,9 @@ class MoELoraConfig(PeftConfig):
     residual_weight: float = field(
         default=0.1, metadata={"help": "Weight of the experts against the block's own output."}
     )
+    initializer_range: float = field(
+        default=0.0, metadata={"help": "Standard deviation of routers and B at the start; 0 is the paper's start."}
+    )
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={"help": "Suffixes of module names, or a regular expression that matches whole module names."},
@@ -92,6 +99,8 @@ class MoELoraConfig(PeftConfig):
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and num_experts "
                 f"({self.num_experts})."
             )
+        if self.initializer_range < 0:
+            raise ValueError(f"initializer_range ({self.initializer_range}) must be 0 or more.")
         for name in ("lora_dropout", "residual_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must lie between 0 and 1.")

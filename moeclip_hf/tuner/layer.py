@@ -67,6 +67,9 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
         )
         with torch.no_grad():
             experts.reset_parameters()
+            if config.initializer_range:
+                experts.router.weight.normal_(std=config.initializer_range)
+                experts.lora_B.normal_(std=config.initializer_range)
         self.moe_lora_experts[adapter_name] = experts
         # An adapter that is put into a model in eval mode is in eval mode too, without dropout.
         self.training = self.base_layer.training
