@@ -1,0 +1,149 @@
+"""A training run from a plain CLIP and a data set to a complete checkpoint."""
+
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoTokenizer, ProgressCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from moeclip_hf.errors import CheckpointError, MoECLIPError
+from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
+from moeclip_hf.modeling.image_processing_moeclip import MoECLIPImageProcessor
+from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
+from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
+from moeclip_hf.training.curves import draw_training_curves
+from moeclip_hf.training.monitor import ProgressBar
+from moeclip_hf.training.recipes import Recipe, apply_recipe, draw_experts
+from moeclip_hf.training.samples import TrainingSamples
+from moeclip_hf.training.trainer import MoECLIPTrainer
+
+if TYPE_CHECKING:
+    import datasets
+
+CURVES_FILE = "training_curves.png"
+
+
+def start_model(
+    clip: str | PathLike[str], recipe: Recipe, seed: int = 0, image_size: int | None = None, **config: Any
+) -> tuple[MoECLIPModel, MoECLIPProcessor]:
+    """
+    A MoECLIP that starts from a plain CLIP as a recipe tells, or goes on from a MoECLIP checkpoint.
+
+    Args:
+        clip: a folder or a Hub id.
+        recipe ([`Recipe`]): what it sets of the model goes before what the checkpoint says.
+        seed (`int`): of the new parts.
+        image_size (`int`, *optional*): pixels that images are resized to; by default 518 for a CLIP of patch 14 and
+            336 pixels, as the method does, and any other checkpoint's own size.
+        config: other fields of `MoECLIPConfig`, such as `num_experts`.
+
+    Returns:
+        the model in float32 and its processor.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or lacks weights of its CLIP.
+    """
+    source = str(clip)
+    set_seed(seed)
+    try:
+        settings = apply_recipe(MoECLIPConfig.from_pretrained(source, **config), recipe)
+        model, report = MoECLIPModel.from_pretrained(
+            source, config=settings, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+        processor = _load_processor(source, settings, image_size)
+    except Exception as error:  # whatever a missing, foreign or damaged checkpoint leads to
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{source}: cannot be loaded to train on: {reason}") from error
+    lacking = sorted(key for key in report["missing_keys"] if key.startswith(("text_model.", "vision_model.")))
+    if lacking:
+        raise CheckpointError(f"{source}: lacks {len(lacking)} of CLIP's weights ({lacking[0]}, ...).")
+    if any(key.startswith("moe_layers.") for key in report["missing_keys"]):
+        draw_experts(model, recipe, seed)
+    return model, processor
+
+
+def _load_processor(source: str, config: MoECLIPConfig, image_size: int | None) -> MoECLIPProcessor:
+    """The checkpoint's own processor where it is MoECLIP's; for a plain CLIP, its tokenizer with images uncropped."""
+    vision: Any = config.vision_config
+    if image_size is not None:
+        size = {"height": image_size, "width": image_size}
+        images = MoECLIPImageProcessor(size=size, patch_size=vision.patch_size)
+    elif Path(source, "processor_config.json").exists():
+        return MoECLIPProcessor.from_pretrained(source)
+    else:
+        images = MoECLIPImageProcessor.for_clip(vision.image_size, vision.patch_size)
+    return MoECLIPProcessor(image_processor=images, tokenizer=AutoTokenizer.from_pretrained(source))
+
+
+def training_arguments(output_dir: str | PathLike[str], recipe: Recipe, **settings: Any) -> TrainingArguments:
+    """
+    Arguments of the trainer that fit a recipe.
+
+    Args:
+        output_dir: where checkpoints, and at last the trained model, are written.
+        recipe ([`Recipe`])
+        settings: further fields of `TrainingArguments`, such as `bf16`, `save_steps` or `report_to`.
+    """
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": recipe.batch_size,
+        "num_train_epochs": recipe.num_epochs,
+        "max_grad_norm": recipe.max_grad_norm,
+        "learning_rate": recipe.learning_rate,
+        "remove_unused_columns": False,
+        "dataloader_drop_last": True,
+        "dataloader_num_workers": 2,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "dataloader_persistent_workers": settings.get("dataloader_num_workers", 2) > 0,
+        "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": False,
+        "ddp_timeout": 600,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "logging_steps": 10,
+        "save_steps": 500,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "seed": 0,
+    }
+    return TrainingArguments(output_dir=str(output_dir), **(defaults | settings))
+
+
+def train(
+    model: MoECLIPModel,
+    processor: MoECLIPProcessor,
+    rows: "datasets.Dataset",
+    recipe: Recipe,
+    args: TrainingArguments,
+    resume: bool = False,
+) -> Path:
+    """
+    Train a model, and write it with its curves to the output folder.
+
+    Args:
+        model ([`MoECLIPModel`]), processor ([`MoECLIPProcessor`]): from [`start_model`].
+        rows (`datasets.Dataset`): from `moeclip_hf.data.load_data`; anomalous images need masks.
+        recipe ([`Recipe`])
+        args (`TrainingArguments`): from [`training_arguments`].
+        resume (`bool`): go on from the last checkpoint in the output folder, if there is one.
+
+    Returns:
+        The output folder, which `from_pretrained` now reads.
+
+    Raises:
+        MoECLIPError: the output folder holds checkpoints of a run that is not resumed; or data or settings do not fit.
+    """
+    output_dir = Path(str(args.output_dir))
+    checkpoint = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if checkpoint and not resume:
+        raise MoECLIPError(f"{output_dir} holds checkpoints of another run: resume it, or name another folder.")
+    samples = TrainingSamples(rows, processor, recipe.augment, args.seed)
+    trainer = MoECLIPTrainer(model, args, samples, processor, recipe)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(ProgressBar())
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        draw_training_curves(trainer.state.log_history, output_dir / CURVES_FILE)
+    return output_dir

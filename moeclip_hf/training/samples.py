@@ -1,0 +1,135 @@
+"""What a training step sees: images and masks, drawn and augmented by seed, epoch and row alone.
+
+No order, augmentation or dropout depends on the number of processes, on which of them computes a sample, or on what was
+computed before: so several processes train what one does, and a resumed run repeats an unbroken one.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+from torch.utils.data import Dataset, Sampler
+
+from moeclip_hf.data.augmentation import apply_transforms, draw_transforms
+from moeclip_hf.data.records import read_mask
+from moeclip_hf.errors import DatasetError
+from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class Draw(NamedTuple):
+    """One row of the data in one epoch."""
+
+    epoch: int
+    row: int
+
+
+class EpochSampler(Sampler[Draw]):
+    """
+    Every row once an epoch, in an order that follows from seed and epoch.
+
+    Args:
+        num_rows (`int`)
+        seed (`int`)
+    """
+
+    def __init__(self, num_rows: int, seed: int):
+        self.num_rows = num_rows
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __iter__(self) -> Iterator[Draw]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+        for row in torch.randperm(self.num_rows, generator=generator).tolist():
+            yield Draw(self.epoch, row)
+
+
+class TrainingSamples(Dataset[dict[str, Any]]):
+    """
+    Rows of a data set as the model's inputs.
+
+    Args:
+        rows (`datasets.Dataset`): with the columns that `moeclip_hf.data.load_data` gives.
+        processor ([`MoECLIPProcessor`]): decides on size and normalisation.
+        augment (`bool`): rotate, shift and flip images with their masks.
+        seed (`int`)
+
+    Raises:
+        DatasetError: there are no rows, no anomalous ones, or an anomalous one without a mask.
+    """
+
+    def __init__(self, rows: "datasets.Dataset", processor: MoECLIPProcessor, augment: bool = True, seed: int = 0):
+        _check_rows(rows)
+        self.rows = rows
+        self.image_processor = processor.image_processor
+        self.augment = augment
+        self.seed = seed
+        self.prompt_names = sorted(set(rows["prompt_name"]))
+        self._class_index = {name: index for index, name in enumerate(self.prompt_names)}
+        # A normalised black pixel: what comes into view in augmentation is black.
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (
+            self.image_processor.image_mean, self.image_processor.image_std
+        ))  # fmt: skip
+        self._black = -mean / std
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        """
+        Read, resize, augment and normalise an image with its mask.
+
+        Returns:
+            `pixel_values` (3, H, W) float32, `masks` (H, W) uint8 of 0 and 1, and the integers `labels`, `class_index`
+            and `sample_seeds`.
+        """
+        row = self.rows[draw.row]
+        mask = read_mask(row)
+        assert mask is not None  # checked by the constructor
+        pixels = self.image_processor(row["image"], return_tensors="pt")["pixel_values"]
+        masks = torch.from_numpy(mask)[None].to(torch.uint8)
+        masks = F.interpolate(masks[None], size=pixels.shape[-2:], mode="nearest-exact")[0]
+        seed = derive_seed(self.seed, *draw)
+        if self.augment:
+            generator = torch.Generator().manual_seed(seed)
+            transforms = draw_transforms(1, *pixels.shape[-2:], generator)
+            pixels, masks = apply_transforms(pixels - self._black, masks, transforms)
+            pixels = pixels + self._black
+        return {
+            "pixel_values": pixels[0],
+            "masks": masks[0],
+            "labels": row["label"],
+            "class_index": self._class_index[row["prompt_name"]],
+            "sample_seeds": seed,
+        }
+
+
+def derive_seed(*numbers: int) -> int:
+    """A seed of 63 bits from some numbers; it is the same in every process and version of Python."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _check_rows(rows: "datasets.Dataset") -> None:
+    import datasets
+
+    if not isinstance(rows, datasets.Dataset):
+        raise DatasetError(f"training needs a datasets.Dataset that is not streamed, not {type(rows).__name__}.")
+    labels = rows["label"]
+    if not sum(labels):
+        raise DatasetError(f"there is no anomalous image among the {len(rows)} to train on.")
+    undecoded = rows.cast_column("mask", datasets.Image(decode=False))["mask"]
+    lacking = [path for path, label, mask in zip(rows["image_path"], labels, undecoded, strict=True)
+               if label and mask is None]  # fmt: skip
+    if lacking:
+        raise DatasetError(
+            f"{lacking[0]} is anomalous and has no mask, as {len(lacking) - 1} others: training needs the masks; "
+            f"leave such images out."
+        )

@@ -1,0 +1,315 @@
+"""Training on `transformers.Trainer`, which brings devices, precision, accumulation, DDP, FSDP, trackers and resuming.
+
+What is MoECLIP's own stands here: the balance term over all processes, dropout that follows the sample, a learning rate
+for the experts, and checkpoints that hold what trains alone and appear whole or not at all.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from moeclip_hf.errors import CheckpointError, MoECLIPError
+from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
+from moeclip_hf.modeling.moe_lora import load_variation
+from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
+from moeclip_hf.training.monitor import TrainingMonitor
+from moeclip_hf.training.recipes import Recipe, describe_recipe
+from moeclip_hf.training.samples import EpochSampler, TrainingSamples, derive_seed
+
+TRAINED_WEIGHTS = "trained.safetensors"
+"""File of a training checkpoint with MoECLIP's own parts; the frozen CLIP is not in it."""
+
+RECIPE_FILE = "recipe.json"
+
+_STAGING = ".staging"
+
+
+class SampleDropout(nn.Module):
+    """
+    Dropout whose mask follows the sample: the same whichever process computes it, and in whatever batch.
+
+    Args:
+        p (`float`): share of features that are dropped.
+        layer (`int`): tells apart the masks of several layers.
+    """
+
+    def __init__(self, p: float, layer: int):
+        super().__init__()
+        self.p = p
+        self.layer = layer
+        self.sample_seeds: list[int] = []
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, tokens, d), with one of `sample_seeds` an image."""
+        if not self.training or self.p == 0:
+            return hidden_states
+        kept = torch.empty_like(hidden_states)
+        for image, seed in zip(kept, self.sample_seeds, strict=True):
+            generator = torch.Generator(image.device).manual_seed(derive_seed(seed, self.layer))
+            image.bernoulli_(1 - self.p, generator=generator)
+        return hidden_states * kept.div_(1 - self.p)
+
+
+class MoECLIPTrainer(Trainer):
+    """
+    Trains MoECLIP's own parts over a frozen CLIP.
+
+    Args:
+        model ([`MoECLIPModel`]): frozen here but for its own parts, and trained in place.
+        args ([`~transformers.TrainingArguments`]): devices, precision, logging and saving. What a recipe holds is taken
+            from the recipe; [`training_arguments`] makes fitting ones.
+        samples ([`TrainingSamples`])
+        processor ([`MoECLIPProcessor`])
+        recipe ([`Recipe`])
+    """
+
+    def __init__(
+        self,
+        model: MoECLIPModel,
+        args: TrainingArguments,
+        samples: TrainingSamples,
+        processor: MoECLIPProcessor,
+        recipe: Recipe,
+    ):
+        if args.n_gpu > 1:
+            raise MoECLIPError(f"there are {args.n_gpu} GPUs: start one process for each with `accelerate launch`.")
+        step_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        if len(samples) < step_size:
+            raise MoECLIPError(f"a step takes {step_size} images and there are {len(samples)}: lower the batch size.")
+        self.recipe = recipe
+        # Not the trainer's own `processing_class`, whose special tokens it would write into the model's configuration.
+        self.processor = processor
+        self.sampler = EpochSampler(len(samples), args.seed)
+        model.freeze_backbone()
+        self.own_weights = own_weights(model)
+        self.experts = list(model.moe_layers)
+        self.coefficients = {"etf": model.config.etf_loss_coef, "balance": model.config.router_aux_loss_coef}
+        for number, layer in enumerate(self.experts):
+            layer.dropout = SampleDropout(layer.dropout.p, number)
+        self.monitor = TrainingMonitor(model)
+        self._staging: Path | None = None
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=samples,
+            callbacks=[_EpochCallback(self.sampler), self.monitor],
+        )
+        # The terms are means over a batch: of accumulated batches each counts by its share.
+        self.loss_is_scaled_for_ga = False
+        self.prompt_features, self.prompt_groups = self._compute_prompt_features(samples.prompt_names)
+
+    @torch.no_grad()
+    def _compute_prompt_features(self, prompt_names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the frozen text tower, once a class: (C, sentences, text width) and the groups of one class."""
+        features = []
+        for name in prompt_names:
+            prompts = self.processor(text=[name], return_tensors="pt").to(self.model.device)
+            groups = prompts.pop("prompt_groups")
+            features.append(self.model.get_prompt_features(**prompts))
+        return torch.stack(features).to(self.args.device), groups.to(self.args.device)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return self.sampler
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Adam without weight decay, in two groups: routers and experts, and the rest."""
+        if self.optimizer is None:
+            recipe = self.recipe
+            groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+            for name, parameter in (self.model if model is None else model).named_parameters():
+                if parameter.requires_grad:
+                    groups["moe_layers." in name].append(parameter)
+            self.optimizer = torch.optim.Adam(
+                [
+                    {"params": groups[False], "lr": recipe.learning_rate},
+                    {"params": groups[True], "lr": recipe.expert_learning_rate},
+                ],
+                betas=(recipe.adam_beta1, recipe.adam_beta2),
+                eps=recipe.adam_epsilon,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Linear warm-up, then halved at the recipe's steps."""
+        if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.recipe.learning_rate_factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective (section 3.5), with the balance term over the tokens of all processes."""
+        inputs = dict(inputs)
+        seeds = inputs.pop("sample_seeds").tolist()
+        for layer in self.experts:
+            layer.dropout.sample_seeds = seeds
+        classes, class_index = inputs.pop("class_index").unique(return_inverse=True)
+        first_groups = 2 * torch.arange(len(classes), device=classes.device)
+        outputs = model(
+            **inputs,
+            prompt_features=self.prompt_features[classes].flatten(0, 1),
+            prompt_groups=(first_groups.unsqueeze(1) + self.prompt_groups).flatten(),
+            class_index=class_index,
+            output_router_logits=True,
+        )
+        losses = dict(outputs.losses)
+        if self.args.world_size > 1 and self.experts:
+            losses["balance"] = torch.stack([global_balance_loss(logits) for logits in outputs.router_logits]).sum()
+        loss = sum(self.coefficients.get(name, 1.0) * term for name, term in losses.items())
+        self.monitor.count(losses, len(seeds))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log what the trainer tells and, beside a step's loss, what the monitor has seen since the last time."""
+        if "loss" in logs:
+            logs |= self.monitor.collect(self.accelerator)
+        super().log(logs, start_time)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or self.args.output_dir)
+
+    @contextmanager
+    def _staged(self) -> Iterator[Path]:
+        """A new folder beside the results, for files that are moved to their places once all of them are written."""
+        staging = Path(self.args.output_dir, _STAGING)
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            yield staging
+        finally:
+            self._staging = None
+        if self.args.should_save:
+            shutil.rmtree(staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save what a run goes on from. The folder takes its name last: one that is there is whole."""
+        with self._staged() as staging:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                (written,) = staging.iterdir()
+                _write_through(written)
+                target = Path(self.args.output_dir, written.name)
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(written, target)
+        if self.args.should_save:
+            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Save a complete checkpoint for `from_pretrained`: configuration, all weights, processor and recipe.
+
+        Args:
+            output_dir (`str`, *optional*): that of the run by default.
+        """
+        state = self._state_dict()
+        if _internal_call:
+            self._save_own_weights(Path(str(output_dir)), state)
+            return
+        target = Path(output_dir or self.args.output_dir)
+        with self._staged() as staging:
+            if self.args.should_save:
+                self._bare_model().save_pretrained(staging, state_dict=state)
+                self.processor.save_pretrained(staging)
+                _write_json(staging / RECIPE_FILE, describe_recipe(self.recipe))
+                _write_through(staging)
+                target.mkdir(parents=True, exist_ok=True)
+                # The configuration last: without it the folder is no checkpoint.
+                for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+                    os.replace(file, target / file.name)
+
+    def _bare_model(self) -> MoECLIPModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _state_dict(self) -> dict[str, torch.Tensor]:
+        if self.is_fsdp_enabled:
+            return self.accelerator.get_state_dict(self.model)
+        return self.model.state_dict()
+
+    def _save_own_weights(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: state[name].detach().cpu().contiguous() for name in self.own_weights}
+        save_file(weights, folder / TRAINED_WEIGHTS, metadata={"format": "pt"})
+        self.processor.save_pretrained(folder)
+        _write_json(folder / RECIPE_FILE, describe_recipe(self.recipe))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load MoECLIP's own parts; refuse a checkpoint of another recipe."""
+        folder = Path(resume_from_checkpoint)
+        try:
+            weights = load_file(folder / TRAINED_WEIGHTS)
+            saved = json.loads((folder / RECIPE_FILE).read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder}: cannot be resumed from: {error}") from error
+        for name, value in describe_recipe(self.recipe).items():
+            if name != "num_epochs" and saved.get(name) != value:
+                raise CheckpointError(f"{folder}: was trained with {name} {saved.get(name)}, not {value}.")
+        if set(weights) != self.own_weights:
+            odd = sorted(set(weights) ^ self.own_weights)
+            raise CheckpointError(f"{folder}: does not fit the model; {odd[0]} is in one of them only.")
+        # Works on sharded models, too.
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(self.model if model is None else model, weights, options=options)
+
+
+class _EpochCallback(TrainerCallback):
+    """Tells the sampler which epoch it is: the trainer's own way does not reach one within a sharded batch sampler."""
+
+    def __init__(self, sampler: EpochSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.epoch = int(state.epoch or 0)
+
+
+def own_weights(model: MoECLIPModel) -> set[str]:
+    """Names of what a checkpoint must hold beside the CLIP: all that trains, and the frozen projections of FOFS."""
+    parts = ("moe_layers.", "text_adapter.", "patch_projection.", "depthwise_adapter.")
+    return {name for name in model.state_dict() if name.startswith(parts)}
+
+
+def global_balance_loss(router_logits: torch.Tensor) -> torch.Tensor:
+    """
+    The balance term of one layer over the tokens of all processes.
+
+    The load is summed over the processes before its variation is taken, which is not linear in it. A process's own
+    share carries the gradient, times the number of processes, by which DDP divides.
+
+    Args:
+        router_logits (`torch.Tensor`): (B, tokens, K), of this process.
+    """
+    load = router_logits.softmax(dim=-1).flatten(0, -2).sum(dim=0)
+    total = load.detach().clone()
+    distributed.all_reduce(total)
+    return load_variation(total + distributed.get_world_size() * (load - load.detach()))
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _write_through(folder: Path) -> None:
+    """Have all files of a folder on the disk, so that no power cut leaves a name without its contents."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
