@@ -62,11 +62,13 @@ def test_compression_noise_of_a_jpeg_is_not_anomalous():
     np.testing.assert_array_equal(binarize_mask(mask), REGION)
 
 
-def test_a_mask_of_another_size_is_brought_to_the_images():
-    image = Image.new("RGB", (48, 32))
-    row = {"image": image, "mask": saved(paint("L", 255, 0), "PNG"), "label": 1}
+@pytest.mark.parametrize("size", [(48, 32), (9, 7), (31, 50)])
+def test_a_mask_of_another_size_is_brought_to_the_images(size):
+    mask = saved(paint("L", 255, 0), "PNG")
 
-    np.testing.assert_array_equal(read_mask(row), np.kron(REGION, np.ones((2, 2), dtype=bool)))
+    read = read_mask({"image": Image.new("RGB", size), "mask": mask, "label": 1})
+
+    np.testing.assert_array_equal(read, np.asarray(mask.resize(size, Image.Resampling.NEAREST)) > 0)
 
 
 def test_a_normal_image_has_an_empty_mask_of_its_size():
