@@ -80,6 +80,17 @@ def test_one_image_in_two_formats_is_named(small_brain):
     )
 
 
+def test_missing_classes_are_named_and_the_rest_is_still_checked(tmp_path):
+    write_tree("mvtec", tmp_path)
+    (tmp_path / "cable").rename(tmp_path / ".cable")
+    (tmp_path / "wood/ground_truth/scratch/001_mask.png").unlink()
+
+    problems = problems_of(get_benchmark("mvtec"), tmp_path)
+
+    assert ("", "no class cable") in problems
+    assert ("wood/test/scratch/001.png", "is anomalous and has no mask") in problems
+
+
 def test_missing_texture_folders_are_counted(tmp_path):
     write_tree("dtd-synthetic", tmp_path)
     (tmp_path / "Woven_001").rename(tmp_path / ".Woven_001")

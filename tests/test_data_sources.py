@@ -59,6 +59,7 @@ def test_an_index_inside_a_benchmarks_folder_belongs_to_that_benchmark(tmp_path)
 
     assert set(rows["dataset"]) == {"brain"}
     assert set(rows["domain"]) == {"medical"}
+    assert set(rows["class_name"]) == {"brain"}
     assert set(rows["prompt_name"]) == {"scan"}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moeclip_hf.data.records import Record, binarize_mask
 from moeclip_hf.data.registry import Benchmark
-from moeclip_hf.data.trees import benchmark_records
+from moeclip_hf.data.trees import missing_classes, read_benchmark
 from moeclip_hf.errors import DatasetError
 
 Progress = Callable[[int, int], None]
@@ -53,9 +53,8 @@ def check_benchmark(benchmark: Benchmark, data_dir: Path, progress: Progress | N
     """Compare a copy of a benchmark with what the registry expects, and read every image and mask of it.
 
     Named as problems: no such tree; missing classes; other numbers of images or groups than expected; files that
-        cannot
-    be read; anomalous images without a mask; masks of another size than the image, or without an anomalous pixel;
-    images of one name in two formats.
+    cannot be read; anomalous images without a mask; masks of another size than the image, or without an anomalous
+    pixel; images of one name in two formats.
 
     Args:
         benchmark: what to check.
@@ -63,7 +62,7 @@ def check_benchmark(benchmark: Benchmark, data_dir: Path, progress: Progress | N
         progress: told after every image.
     """
     try:
-        records = benchmark_records(benchmark, data_dir)
+        records = read_benchmark(benchmark, data_dir)
     except DatasetError as error:
         return CheckReport(benchmark, 0, 0, 0, (Problem("", str(error)),))
     counts = Counter(record.label for record in records)
@@ -78,6 +77,8 @@ def check_benchmark(benchmark: Benchmark, data_dir: Path, progress: Progress | N
 
 
 def _wrong_counts(benchmark: Benchmark, records: list[Record], counts: Counter[int]) -> Iterator[Problem]:
+    if missing := missing_classes(benchmark.classes, records):
+        yield Problem("", f"no class {', '.join(missing)}")
     groups = len({record.group for record in records})
     for what, found, expected in (
         ("normal images", counts[0], benchmark.normal),

@@ -87,8 +87,9 @@ class FolderLayout:
             sample for name, folder in self._class_folders(root, is_class) for sample in read_class(name, folder)
         ]
         if not samples:
-            looked_for = self.describe() if split == "test" else self.train or "nothing, this layout has none"
-            raise DatasetError(f"{root} has no images for split '{split}': looked for {looked_for}")
+            looked_for = self.describe() if split == "test" else self.train
+            remedy = f"looked for {looked_for}" if looked_for else "this kind of tree has only split 'test'"
+            raise DatasetError(f"{root} has no images for split '{split}': {remedy}")
         return samples
 
     def describe(self) -> str:

@@ -14,7 +14,7 @@ from moeclip_hf.data.hub import is_datasets_folder, load_hub
 from moeclip_hf.data.indexes import index_records
 from moeclip_hf.data.records import Record, to_dataset
 from moeclip_hf.data.registry import FALLBACK_PROMPT_NAME, Domain, find_benchmark, get_benchmark
-from moeclip_hf.data.trees import benchmark_records, folder_records
+from moeclip_hf.data.trees import folder_records, missing_classes, read_benchmark
 from moeclip_hf.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -82,7 +82,13 @@ def load_benchmark(
         DatasetError: no such benchmark, tree, class or split; classes that are missing on disk; an image with two
             masks.
     """
-    return to_dataset(benchmark_records(get_benchmark(name), Path(data_dir), split, classes))
+    benchmark = get_benchmark(name)
+    records = read_benchmark(benchmark, Path(data_dir), split, classes)
+    if missing := missing_classes(benchmark.classes if classes is None else classes, records):
+        raise DatasetError(
+            f"{data_dir} lacks {benchmark.name}'s {', '.join(missing)}; name the classes to read without them"
+        )
+    return to_dataset(records)
 
 
 def load_folder(

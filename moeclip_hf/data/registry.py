@@ -72,16 +72,20 @@ class Benchmark:
         """The class of a class folder: its name up to the first `_` and three digits; for no folder the only class."""
         return re.split(r"_\d{3}", folder, maxsplit=1)[0] if folder else next(iter(self.classes))
 
-    def prompt_name(self, class_name: str) -> str:
-        """The prompt name of a class, also of one that an index file spells otherwise (case, `Name_NNN`).
+    def known_class(self, class_name: str) -> str:
+        """The benchmark's own spelling of a class that another source may spell otherwise (case, `Name_NNN`).
 
-        An unknown class of a benchmark with one class has that class's prompt, of another its own name, `_` as a
-        blank.
+        Any name stands for the only class of a benchmark that has one; an unknown class of others keeps its name.
         """
         if len(self.classes) == 1:
-            return next(iter(self.classes.values()))
-        by_key = {name.lower(): prompt for name, prompt in self.classes.items()}
-        return by_key.get(self.class_name(class_name).lower(), plain_prompt_name(class_name))
+            return next(iter(self.classes))
+        name = self.class_name(class_name)
+        return next((known for known in self.classes if known.lower() == name.lower()), name)
+
+    def prompt_name(self, class_name: str) -> str:
+        """What fills the prompts of a class, in any spelling; an unknown class's own name, with blanks for `_`."""
+        name = self.known_class(class_name)
+        return self.classes.get(name, plain_prompt_name(name))
 
     def is_name(self, name: str) -> bool:
         """Whether this is the benchmark's name or an alias, whatever the case, hyphens, underscores and blanks."""
@@ -89,7 +93,7 @@ class Benchmark:
 
     def columns(self, class_name: str, folder: str) -> dict[str, str]:
         """The text columns of an image's row, from its class and its class folder (empty where classes have none)."""
-        class_name = self.class_name(class_name)
+        class_name = self.known_class(class_name)
         return {
             "class_name": class_name,
             "prompt_name": self.prompt_name(class_name),

@@ -18,36 +18,34 @@ OWN_LAYOUTS: tuple[Layout, ...] = (
 """How a folder of one's own may be kept: one class or a folder a class, plain or as MVTec AD; at last, just images."""
 
 
-def locate_benchmark(benchmark: Benchmark, data_dir: Path, is_class: IsClass | None = None) -> tuple[Path, Layout]:
+def locate_benchmark(benchmark: Benchmark, data_dir: Path, is_class: IsClass) -> tuple[Path, Layout]:
     """Find a benchmark's root, and the layout it is kept in, in or beneath a folder.
 
     Args:
         benchmark: what to look for.
-        data_dir: the benchmark's root, or a folder that holds it under its name or an alias, directly or once more
-            nested.
-        is_class: tells the class folders that are wanted; all of the benchmark's by default.
+        data_dir: its root, or a folder that holds it under its name or an alias, directly or once more nested.
+        is_class: tells the class folders that are wanted.
 
     Raises:
         DatasetError: the folder is not there or holds no such tree; the message says what was looked for.
     """
     if not data_dir.is_dir():
         raise DatasetError(f"no such folder: {data_dir}")
-    wanted = is_class or (lambda folder: benchmark.class_name(folder) in benchmark.classes)
     named = [child for child in subfolders(data_dir) if benchmark.is_name(child.name)]
     nested = [child for folder in named for child in subfolders(folder) if benchmark.is_name(child.name)]
     for root in (data_dir, *named, *nested):
         for layout in benchmark.layouts:
-            if layout.matches(root, wanted):
+            if layout.matches(root, is_class):
                 return root, layout
     trees = " or ".join(layout.describe() for layout in benchmark.layouts)
     names = ", ".join(dict.fromkeys((benchmark.name, *benchmark.aliases)))
     raise DatasetError(f"no {benchmark.name} in {data_dir}: looked for {trees} there and in its folders named {names}")
 
 
-def benchmark_records(
+def read_benchmark(
     benchmark: Benchmark, data_dir: Path, split: str = "test", classes: Collection[str] | None = None
 ) -> list[Record]:
-    """The images of a benchmark's split, sorted by class folder and path.
+    """The images of a benchmark's split that are there, sorted by class folder and path.
 
     Args:
         benchmark: what to read.
@@ -56,27 +54,24 @@ def benchmark_records(
         classes: the classes to read, all by default.
 
     Raises:
-        DatasetError: no such tree, class or split; classes that are missing on disk; an image with two masks.
+        DatasetError: no such tree, class or split; an image with two masks.
     """
-    classes = benchmark.classes if classes is None else classes
-    if unknown := sorted(set(classes) - set(benchmark.classes)):
-        raise DatasetError(
-            f"{benchmark.name} has no class {', '.join(unknown)}; it has {', '.join(benchmark.classes)}"
-        )
+    wanted = set(benchmark.classes if classes is None else classes)
+    if unknown := sorted(wanted - set(benchmark.classes)):
+        known = ", ".join(benchmark.classes)
+        raise DatasetError(f"{benchmark.name} has no class {', '.join(unknown)}; it has {known}")
 
     def is_class(folder: str) -> bool:
-        return benchmark.class_name(folder) in classes
+        return benchmark.class_name(folder) in wanted
 
     root, layout = locate_benchmark(benchmark, data_dir, is_class)
-    records = [
-        _record(root, sample, benchmark.columns(sample.folder, sample.folder))
-        for sample in layout.read(root, split, is_class)
-    ]
-    if missing := sorted(set(classes) - {record.class_name for record in records}):
-        raise DatasetError(
-            f"{root} lacks {benchmark.name}'s {', '.join(missing)}; name the classes to read without them"
-        )
-    return records
+    samples = layout.read(root, split, is_class)
+    return [_record(root, sample, benchmark.columns(sample.folder, sample.folder)) for sample in samples]
+
+
+def missing_classes(classes: Collection[str], records: list[Record]) -> list[str]:
+    """The classes that no record is of, sorted."""
+    return sorted(set(classes) - {record.class_name for record in records})
 
 
 def folder_records(root: Path, split: str, class_name: str, domain: Domain) -> list[Record]:
@@ -97,7 +92,7 @@ def folder_records(root: Path, split: str, class_name: str, domain: Domain) -> l
     try:
         samples = layout.read(root, split, lambda folder: True)
     except DatasetError:
-        if layout is not OWN_LAYOUTS[-1]:
+        if layout is not OWN_LAYOUTS[-1] or split != "test":
             raise
         looked_for = ", ".join(layout.describe() for layout in OWN_LAYOUTS[:-1])
         raise DatasetError(f"no images in {root}: looked for {looked_for}, and for images in it") from None
