@@ -92,14 +92,15 @@ def clip_from_tensors(tensors: Tensors, table: KeyTable, source: str, settings: 
         ConversionError: lists unknown, missing, misshapen and unusable tensors, and settings that do not fit them.
     """
     tensors = table.without_ignored(tensors)
-    inferred = _infer_clip_settings(table.to_ours(tensors), source, settings)
+    inferred = _infer_clip_settings(tensors, table, source, settings)
     config = make_config(CLIPConfig, merge_settings(inferred, settings))
     check_tensors(tensors, table.to_theirs(expected_tensors(CLIPModel, config)), source)
     return build_model(CLIPModel, config, table.to_ours(tensors))
 
 
-def _infer_clip_settings(tensors: Tensors, source: str, settings: Settings) -> dict[str, Any]:
-    """Read a CLIP's sizes off its tensors, under our names."""
+def _infer_clip_settings(tensors: Tensors, table: KeyTable, source: str, settings: Settings) -> dict[str, Any]:
+    """Read a CLIP's sizes off its tensors."""
+    ours = table.to_ours(tensors)
     needed = {
         "patch": "vision_model.embeddings.patch_embedding.weight",
         "positions": "vision_model.embeddings.position_embedding.weight",
@@ -107,13 +108,13 @@ def _infer_clip_settings(tensors: Tensors, source: str, settings: Settings) -> d
         "text_positions": "text_model.embeddings.position_embedding.weight",
         "projection": "visual_projection.weight",
     }
-    refuse(source, {"missing": [name for name in needed.values() if name not in tensors]})
-    shapes = {role: tuple(tensors[name].shape) for role, name in needed.items()}
+    refuse(source, {"missing": [table.their_name(name) for name in needed.values() if name not in ours]})
+    shapes = {role: tuple(ours[name].shape) for role, name in needed.items()}
     refuse(
         source,
         {
             "misshapen": [
-                f"{needed[role]}: {shape}"
+                f"{table.their_name(needed[role])}: {shape}"
                 for role, shape in shapes.items()
                 if len(shape) != (4 if role == "patch" else 2)
             ]
@@ -128,7 +129,7 @@ def _infer_clip_settings(tensors: Tensors, source: str, settings: Settings) -> d
     return {
         "projection_dim": shapes["projection"][0],
         "text_config": {
-            **_infer_tower(tensors, "text", shapes["tokens"][1], settings),
+            **_infer_tower(ours, "text", shapes["tokens"][1], settings),
             "vocab_size": vocabulary,
             "bos_token_id": vocabulary - 2,
             "eos_token_id": vocabulary - 1,
@@ -136,7 +137,7 @@ def _infer_clip_settings(tensors: Tensors, source: str, settings: Settings) -> d
             "projection_dim": shapes["projection"][0],
         },
         "vision_config": {
-            **_infer_tower(tensors, "vision", shapes["patch"][0], settings),
+            **_infer_tower(ours, "vision", shapes["patch"][0], settings),
             "num_channels": shapes["patch"][1],
             "patch_size": patch_size,
             "image_size": side * patch_size,

@@ -74,6 +74,10 @@ class KeyTable:
         """Drop the names that hold no weights."""
         return {key: tensor for key, tensor in tensors.items() if not any(p.fullmatch(key) for p in self._ignored)}
 
+    def their_name(self, ours: str) -> str:
+        """The name on their side of a tensor that is one on both."""
+        return next(iter(self.to_theirs({ours: torch.empty(0, 0)})))
+
     def to_ours(self, tensors: Tensors) -> dict[str, torch.Tensor]:
         """Name and lay out anew, for our side; names of no row are left out."""
         ours: dict[str, torch.Tensor] = {}

@@ -47,7 +47,7 @@ def read_tensors(source: str | Path | Mapping[str, torch.Tensor], name: str) -> 
     """Read a flat mapping of names to tensors, from a file or memory; `name` is the source's in errors."""
     content = read_checkpoint(source) if isinstance(source, (str, Path)) else source
     others = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
-    refuse(name, {"entries that are not tensors": others})
+    refuse(name, {"non-tensor": others})
     return dict(content)
 
 
@@ -99,8 +99,9 @@ def _read(path: Path, head: bytes) -> Any:
     if head.lstrip().startswith(b"<"):
         raise ConversionError(f"{path} is a web page, not a checkpoint: the download failed, fetch it anew.")
     if head.startswith(_ZIP_MAGIC):
-        if not zipfile.is_zipfile(path):
-            raise ConversionError(f"{path} is damaged or cut short: fetch it anew.")
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # checksums, which torch.load does not look at
+                raise ConversionError(f"{path} is damaged: fetch it anew.")
         return read_torchscript(path) if is_torchscript(path) else _read_pickled(path)
     if head.startswith(_PICKLE_MAGIC):
         return _read_pickled(path)

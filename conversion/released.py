@@ -142,7 +142,7 @@ def _read_adapter(adapter: str | Path | Adapter, source: str) -> dict[str, torch
         },
     )
     flat = {f"{part}.{name}": value for part in _PARTS for name, value in content[part].items()}
-    refuse(source, {"not tensors": [name for name, value in flat.items() if not isinstance(value, torch.Tensor)]})
+    refuse(source, {"non-tensor": [name for name, value in flat.items() if not isinstance(value, torch.Tensor)]})
     return flat
 
 
@@ -205,7 +205,7 @@ def _refuse_contradictions(inferred: Settings, given: Settings, source: str) -> 
         # Projections that FOFS made may be trained on as plain ones; the reverse is no FOFS.
         may_differ = name == "use_fofs" and value
         if name in given and given[name] != value and not may_differ:
-            raise ConversionError(f"{name} is {given[name]!r}, but {source} holds an adapter with {value!r}.")
+            raise ConversionError(f"{source} has {name} {value!r}, not {given[name]!r}.")
 
 
 def _make_moeclip_config(tensors: Tensors, source: str, settings: Settings) -> MoECLIPConfig:
@@ -228,8 +228,8 @@ def _make_moeclip_config(tensors: Tensors, source: str, settings: Settings) -> M
     shared = num_projections == num_taps
     if settings.get("shared_projections", shared) != shared and num_taps != num_maps:
         raise ConversionError(
-            f"shared_projections is {settings['shared_projections']}, but {source} holds {num_projections} patch "
-            f"projections for {num_taps} taps with {num_maps} maps."
+            f"{source} has shared_projections {shared} ({num_projections} for {num_taps} taps with {num_maps} maps), "
+            f"not {settings['shared_projections']}."
         )
     completed = {"shared_projections": shared, **settings}
     if config.aggregation_sizes == [1] and num_taps >= 3:

@@ -52,6 +52,11 @@ def load_clip(clip: CLIPSource, **config: Any) -> CLIPModel:
     if isinstance(clip, (str, Path)) and is_repository(clip):
         return _rebuild(_load_repository(source), source, config)
     tensors = read_tensors(clip, source)
+    if not any(name.startswith(("visual.", "vision_model.")) for name in tensors):
+        raise ConversionError(
+            f"{source} is no CLIP: it has neither OpenAI's visual.* nor transformers' vision_model.* among its "
+            f"{len(tensors)} entries."
+        )
     if is_openai_clip(tensors):
         return openai_clip_from_tensors(tensors, source, config)
     return clip_from_tensors(tensors, TRANSFORMERS_TABLE, source, config)
