@@ -1,9 +1,7 @@
 """Scores, verdicts and maps for image files, read ahead and computed in batches."""
 
 import glob
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,6 +14,7 @@ from PIL import Image
 from moeclip_hf.errors import MoECLIPError, UnreadableImageError
 from moeclip_hf.modeling.image_processing_moeclip import to_rgb
 from moeclip_hf.pretrained import Pretrained
+from moeclip_hf.reading import read_ahead
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
@@ -110,7 +109,7 @@ def predict(
     """
     model, processor = pretrained
     anchors = class_anchors(pretrained, class_name)
-    for batch in _batches(_read_ahead(paths, 2 * batch_size), batch_size):
+    for batch in _batches(read_ahead(_read, paths, depth=2 * batch_size), batch_size):
         readable = [prediction for prediction in batch if prediction.image is not None]
         if readable:
             images = [prediction.image for prediction in readable]
@@ -143,16 +142,6 @@ def _read(path: Path) -> Prediction:
         return Prediction(path, read_image(path))
     except UnreadableImageError as error:
         return Prediction(path, error=str(error))
-
-
-def _read_ahead(paths: Iterable[Path], depth: int) -> Iterator[Prediction]:
-    """Read files in order, up to `depth` of them before they are asked for."""
-    remaining = iter(paths)
-    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="reader") as readers:
-        pending: deque[Future[Prediction]] = deque(readers.submit(_read, path) for path in islice(remaining, depth))
-        while pending:
-            yield pending.popleft().result()
-            pending.extend(readers.submit(_read, path) for path in islice(remaining, 1))
 
 
 def _batches(predictions: Iterable[Prediction], size: int) -> Iterator[list[Prediction]]:
