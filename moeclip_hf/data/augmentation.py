@@ -35,33 +35,15 @@ class Transforms:
     flip_vertical: torch.Tensor
 
 
-class PairedAugmentation:
-    """Draws transforms from a generator of its own and applies them: equal seeds give equal results on any device.
+def draw_transforms(batch: int, height: int, width: int, generator: torch.Generator) -> Transforms:
+    """Draw transforms for `batch` images of `height` x `width` pixels.
 
     Args:
-        seed: seed of the generator; `generator` is public, to be saved and restored with a training run.
+        batch: number of images.
+        height: in pixels.
+        width: in pixels.
+        generator: on the CPU, so that a seed means the same on every device.
     """
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, images: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Transform images (B x C x H x W, floating point) and their masks (B x H x W) alike.
-
-        Give images before they are normalised, so that the zeros that come into view are black.
-
-        Returns:
-            images and masks of the same shapes, types and device; masks hold 0 and 1, 1 where they were not zero.
-
-        Raises:
-            ValueError: the shapes of images and masks do not fit.
-        """
-        transforms = draw_transforms(len(images), images.shape[-2], images.shape[-1], self.generator)
-        return apply_transforms(images, masks, transforms)
-
-
-def draw_transforms(batch: int, height: int, width: int, generator: torch.Generator) -> Transforms:
-    """Draw transforms for `batch` images of `height` x `width` pixels, always the same number of random values."""
     happens = torch.rand(batch, 4, generator=generator) < PROBABILITY
     extent = torch.rand(batch, 3, generator=generator) * 2 - 1
     size = torch.tensor([width, height])
@@ -77,6 +59,11 @@ def apply_transforms(
     images: torch.Tensor, masks: torch.Tensor, transforms: Transforms
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply transforms to images (B x C x H x W, floats) by bilinear and to masks (B x H x W) by nearest sampling.
+
+    Zeros come into view: black, in images whose black is zero.
+
+    Returns:
+        images and masks of the same shapes, types and device; masks hold 0 and 1, 1 where they were not zero.
 
     Raises:
         ValueError: the shapes of images and masks do not fit.
