@@ -12,7 +12,7 @@ groups neighbouring bins and moves each group to its *highest* score; behind its
 Weights (of a pixel: its share of its region) obey W(t) <= W'(t) <= W(t) + m TOLERANCE W(-inf).
 
 Raw scores are sorted into a table of level 0, and every `FAN_IN` tables of a level are merged into one of the next, as
-in a log-structured merge tree: m grows with the logarithm of the number of pixels n (m = 3 at 1 G pixels). A table
+in a log-structured merge tree: m grows with the logarithm of the number of pixels n (m = 4 at 1 G pixels). A table
 holds at most EXACT_BINS bins or, if that is more, one for each bracket of counts, (1 + ln(TOLERANCE n)) / TOLERANCE,
 and of weights, 1 / TOLERANCE. So whatever the scores are, its size hardly depends on n.
 """
@@ -29,7 +29,7 @@ TOLERANCE = 8e-6
 EXACT_BINS = 2**20
 """Tables of up to so many bins are never coarsened."""
 
-CHUNK_BYTES = 2**26
+CHUNK_BYTES = 2**25
 """Raw scores held back before they are sorted into a table."""
 
 FAN_IN = 4
@@ -84,9 +84,10 @@ class ScoreHistogram:
         return sum(int(table.pixels.sum()) for tables in self.levels() for table in tables)
 
     @property
-    def coarsenings(self) -> int:
-        """The most coarsenings a pixel went through, m in the module's invariant; 0 means exact."""
-        return max((table.coarsenings for tables in self.levels() for table in tables), default=0)
+    def relative_error(self) -> float:
+        """(1 + TOLERANCE)^m - 1, for the most coarsenings that a pixel went through; 0 means exact."""
+        most = max((table.coarsenings for tables in self.levels() for table in tables), default=0)
+        return (1 + TOLERANCE) ** most - 1
 
     def table(self) -> Table | None:
         """Everything seen as one table, or None if nothing was."""
@@ -164,7 +165,8 @@ def _merge(tables: list[Table], budget: int | None) -> Table:
     """Several tables as one, coarsened if it has more than `budget` bins (None: never)."""
     if len(tables) == 1:
         return tables[0]
-    keys = -np.concatenate([table.scores for table in tables])
+    keys = np.concatenate([table.scores for table in tables])
+    np.negative(keys, out=keys)
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
     pixels = np.concatenate([table.pixels for table in tables])[order]

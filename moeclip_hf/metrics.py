@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from moeclip_hf.errors import DatasetError, MoECLIPError
-from moeclip_hf.histogram import TOLERANCE, ScoreHistogram
+from moeclip_hf.histogram import ScoreHistogram
 
 Domain = Literal["industrial", "medical"]
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -94,8 +94,7 @@ class AnomalyMetrics:
     @property
     def error_bound(self) -> float:
         """No figure is further than this from its exact value; 0 while nothing had to be coarsened."""
-        coarsenings = max(self._normal.coarsenings, self._anomalous.coarsenings)
-        return 2.25 * ((1 + TOLERANCE) ** coarsenings - 1)
+        return 2.25 * max(self._normal.relative_error, self._anomalous.relative_error)
 
     def compute(self) -> dict[str, float | None]:
         """The figures, each in [0, 1], of all that was added; None where one is undefined.
