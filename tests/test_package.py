@@ -30,8 +30,11 @@ def distributions(tmp_path_factory) -> dict[str, Path]:
 def test_wheel_and_sdist_hold_the_whole_package(distributions):
     with zipfile.ZipFile(distributions["wheel"]) as wheel:
         names = set(wheel.namelist())
-    for part in ("modeling/modeling_moeclip.py", "conversion/released.py", "cli/predict.py", "py.typed"):
-        assert f"moeclip_hf/{part}" in names
+    folders = {"moeclip_hf": "moeclip_hf", "modeling": "moeclip_hf/modeling", "conversion": "moeclip_hf/conversion"}
+    for source, installed in folders.items():
+        for file in (ROOT / source).rglob("*.py"):
+            assert f"{installed}/{file.relative_to(ROOT / source).as_posix()}" in names
+    assert "moeclip_hf/py.typed" in names
     assert any(name.startswith("moeclip_hf/checkpoints/") and name.endswith(".safetensors") for name in names)
     assert not any(name.startswith(("tests/", "modeling/", "conversion/")) for name in names)
     with tarfile.open(distributions["sdist"]) as sdist:
