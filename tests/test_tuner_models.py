@@ -383,6 +383,13 @@ def test_router_logits_are_given_on_request_in_the_order_of_the_blocks():
         assert torch.equal(ours, theirs)
 
 
+def test_an_adapted_model_compiles_without_a_break_in_its_graph():
+    model = randomise(get_peft_model(tiny_base(), config_for()))
+    expected = maps(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(maps(compiled), expected)
+
+
 # Types
 
 

@@ -80,7 +80,8 @@ class MoELoraLayer(nn.Module, BaseTunerLayer):
     def cast_experts(self, adapter_name: str, dtype: torch.dtype | None) -> None:
         """Cast an adapter's experts, frozen projections too, to a type, or with `None` to that of the base layer."""
         if adapter_name in self.moe_lora_experts:
-            self.moe_lora_experts[adapter_name].to(dtype or next(self.get_base_layer().parameters()).dtype)
+            weights = (weight for weight in self.get_base_layer().parameters() if weight.is_floating_point())
+            self.moe_lora_experts[adapter_name].to(dtype or next(weights).dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse, with the reason."""
@@ -151,8 +152,9 @@ class MoELoraLinear(MoELoraLayer):
     """
 
     def features(self) -> tuple[int, int]:
-        num_outputs, num_features = self.get_base_layer().get_parameter("weight").shape
-        return num_features, num_outputs
+        linear = self.get_base_layer()
+        assert isinstance(linear, nn.Linear)
+        return linear.in_features, linear.out_features
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         result = self.base_layer(hidden_states, *args, **kwargs)

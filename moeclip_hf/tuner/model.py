@@ -49,7 +49,7 @@ class MoELoraModel(BaseTuner):
     >>> from moeclip_hf.tuner import MoELoraConfig
 
     >>> base = MoECLIPModel.from_pretrained("openai/clip-vit-large-patch14-336", moe_layers=[])
-    >>> model = get_peft_model(base, MoELoraConfig())
+    >>> model = get_peft_model(base, MoELoraConfig(initializer_range=0.02))
     ```
     """
 
@@ -66,11 +66,11 @@ class MoELoraModel(BaseTuner):
         settings = _base_settings(model_config) if over_moeclip else None
         if peft_config.base_settings is None:
             peft_config.base_settings = settings
-        elif peft_config.base_settings != settings:
+        difference = _first_difference(peft_config.base_settings, settings)
+        if difference:
             raise CheckpointError(
-                f"The adapter was made over a MoECLIP with other settings: "
-                f"{_first_difference(peft_config.base_settings, settings)}. moeclip_hf.adapters.load_adapter loads it "
-                f"over the right one."
+                f"The adapter was made over a MoECLIP with other settings: {difference}. "
+                f"moeclip_hf.adapters.load_adapter loads it over the right one."
             )
         return peft_config
 
@@ -159,8 +159,11 @@ def _base_settings(model_config: dict[str, Any]) -> dict[str, Any]:
     return {name: model_config[name] for name in _BASE_SETTINGS} | activations
 
 
-def _first_difference(expected: dict[str, Any], found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "the model is no MoECLIP"
-    name = next(name for name in expected if expected[name] != found.get(name))
-    return f"{name} was {expected[name]} and is {found.get(name)}"
+def _first_difference(recorded: dict[str, Any] | None, found: dict[str, Any] | None) -> str | None:
+    """The first of the recorded settings that is another one in the model."""
+    for name, value in (recorded or {}).items():
+        if found is None:
+            return "the model is no MoECLIP"
+        if found.get(name) != value:
+            return f"{name} was {value} and is {found.get(name)}"
+    return None
