@@ -1,4 +1,4 @@
-"""Training of MoECLIP: recipes, samples, and a trainer on `transformers.Trainer`. `docs/training.md` tells how and why."""
+"""Training of MoECLIP: recipes, samples, and a trainer on `transformers.Trainer`; docs/training.md tells why."""
 
 from moeclip_hf.training.recipes import RECIPES, Recipe, get_recipe
 from moeclip_hf.training.run import start_model, train, training_arguments

@@ -1,7 +1,7 @@
 """What a training step sees: images and masks, drawn and augmented by seed, epoch and row alone.
 
-No order, augmentation or dropout depends on the number of processes, on which of them computes a sample, or on what was
-computed before: so several processes train what one does, and a resumed run repeats an unbroken one.
+No order, augmentation or dropout depends on the number of processes, on which of them computes a sample, or on what
+was computed before: so several processes train what one does, and a resumed run repeats an unbroken one.
 """
 
 import hashlib
@@ -99,7 +99,7 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         seed = derive_seed(self.seed, *draw)
         if self.augment:
             generator = torch.Generator().manual_seed(seed)
-            transforms = draw_transforms(1, *pixels.shape[-2:], generator)
+            transforms = draw_transforms(1, pixels.shape[-2], pixels.shape[-1], generator)
             pixels, masks = apply_transforms(pixels - self._black, masks, transforms)
             pixels = pixels + self._black
         return {

@@ -1,7 +1,7 @@
-"""Training on `transformers.Trainer`, which brings devices, precision, accumulation, DDP, FSDP, trackers and resuming.
+"""Training on `transformers.Trainer`: it brings devices, precision, accumulation, DDP, FSDP, trackers and resuming.
 
-What is MoECLIP's own stands here: the balance term over all processes, dropout that follows the sample, a learning rate
-for the experts, and checkpoints that hold what trains alone and appear whole or not at all.
+What is MoECLIP's own stands here: the balance term over all processes, dropout that follows the sample, a learning
+rate for the experts, and checkpoints that hold what trains alone and appear whole or not at all.
 """
 
 import json
@@ -68,8 +68,8 @@ class MoECLIPTrainer(Trainer):
 
     Args:
         model ([`MoECLIPModel`]): frozen here but for its own parts, and trained in place.
-        args ([`~transformers.TrainingArguments`]): devices, precision, logging and saving. What a recipe holds is taken
-            from the recipe; [`training_arguments`] makes fitting ones.
+        args ([`~transformers.TrainingArguments`]): devices, precision, logging and saving; optimizer and schedule are
+            the recipe's. [`training_arguments`] makes fitting ones.
         samples ([`TrainingSamples`])
         processor ([`MoECLIPProcessor`])
         recipe ([`Recipe`])
@@ -92,7 +92,8 @@ class MoECLIPTrainer(Trainer):
         # Not the trainer's own `processing_class`, whose special tokens it would write into the model's configuration.
         self.processor = processor
         self.sampler = EpochSampler(len(samples), args.seed)
-        model.freeze_backbone()
+        self.moeclip = model.freeze_backbone()
+        self.output_dir = Path(str(args.output_dir))
         self.own_weights = own_weights(model)
         self.experts = list(model.moe_layers)
         self.coefficients = {"etf": model.config.etf_loss_coef, "balance": model.config.router_aux_loss_coef}
@@ -115,9 +116,9 @@ class MoECLIPTrainer(Trainer):
         """Run the frozen text tower, once a class: (C, sentences, text width) and the groups of one class."""
         features = []
         for name in prompt_names:
-            prompts = self.processor(text=[name], return_tensors="pt").to(self.model.device)
+            prompts = self.processor(text=[name], return_tensors="pt").to(self.moeclip.device)
             groups = prompts.pop("prompt_groups")
-            features.append(self.model.get_prompt_features(**prompts))
+            features.append(self.moeclip.get_prompt_features(**prompts))
         return torch.stack(features).to(self.args.device), groups.to(self.args.device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
@@ -128,7 +129,7 @@ class MoECLIPTrainer(Trainer):
         if self.optimizer is None:
             recipe = self.recipe
             groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-            for name, parameter in (self.model if model is None else model).named_parameters():
+            for name, parameter in (model or self.moeclip).named_parameters():
                 if parameter.requires_grad:
                     groups["moe_layers." in name].append(parameter)
             self.optimizer = torch.optim.Adam(
@@ -180,12 +181,12 @@ class MoECLIPTrainer(Trainer):
         super().log(logs, start_time)
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging or self.args.output_dir)
+        return str(self._staging or self.output_dir)
 
     @contextmanager
     def _staged(self) -> Iterator[Path]:
         """A new folder beside the results, for files that are moved to their places once all of them are written."""
-        staging = Path(self.args.output_dir, _STAGING)
+        staging = self.output_dir / _STAGING
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
@@ -206,11 +207,11 @@ class MoECLIPTrainer(Trainer):
             if self.args.should_save:
                 (written,) = staging.iterdir()
                 _write_through(written)
-                target = Path(self.args.output_dir, written.name)
+                target = self.output_dir / written.name
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(written, target)
         if self.args.should_save:
-            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
+            rotate_checkpoints(str(self.output_dir), self.args.save_total_limit)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -223,10 +224,10 @@ class MoECLIPTrainer(Trainer):
         if _internal_call:
             self._save_own_weights(Path(str(output_dir)), state)
             return
-        target = Path(output_dir or self.args.output_dir)
+        target = Path(output_dir or self.output_dir)
         with self._staged() as staging:
             if self.args.should_save:
-                self._bare_model().save_pretrained(staging, state_dict=state)
+                self.moeclip.save_pretrained(staging, state_dict=state)
                 self.processor.save_pretrained(staging)
                 _write_json(staging / RECIPE_FILE, describe_recipe(self.recipe))
                 _write_through(staging)
@@ -235,13 +236,10 @@ class MoECLIPTrainer(Trainer):
                 for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
                     os.replace(file, target / file.name)
 
-    def _bare_model(self) -> MoECLIPModel:
-        return self.accelerator.unwrap_model(self.model)
-
     def _state_dict(self) -> dict[str, torch.Tensor]:
         if self.is_fsdp_enabled:
             return self.accelerator.get_state_dict(self.model)
-        return self.model.state_dict()
+        return self.moeclip.state_dict()
 
     def _save_own_weights(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
         if not self.args.should_save:
@@ -268,7 +266,7 @@ class MoECLIPTrainer(Trainer):
             raise CheckpointError(f"{folder}: does not fit the model; {odd[0]} is in one of them only.")
         # Works on sharded models, too.
         options = StateDictOptions(full_state_dict=True, strict=False)
-        set_model_state_dict(self.model if model is None else model, weights, options=options)
+        set_model_state_dict(model or self.moeclip, dict(weights), options=options)
 
 
 class _EpochCallback(TrainerCallback):

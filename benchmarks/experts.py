@@ -1,0 +1,226 @@
+"""What the experts of a trained MoECLIP are worth, by the way in which they are trained.
+
+    python -m benchmarks.experts --variants paper paper-literal --seeds 0 1 2 --output outputs/experts.jsonl
+
+Trains the CLIP of the embedded checkpoint, its MoECLIP parts drawn anew, on 14 families of textures, and scores ten
+families that it never saw, as the benchmarks are scored: once as trained, and once with the residual weight set to 0,
+which takes the experts out. A run that the output file already holds is not repeated. The tables of docs/training.md
+are `--table` of that file.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import CLIPConfig, CLIPModel
+
+from moeclip_hf import MoECLIPModel, MoECLIPProcessor
+from moeclip_hf.data import load_folder, read_mask
+from moeclip_hf.data.textures.benchmark import write_texture_benchmark
+from moeclip_hf.metrics import AnomalyMetrics
+from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT
+from moeclip_hf.training import MoECLIPTrainer, Recipe, TrainingSamples, get_recipe, start_model, training_arguments
+
+IMAGE_SIZE = 112
+SEEN = (
+    "brick_wall", "brushed_metal", "carpet", "cork", "corrugated_cardboard", "granite", "gravel", "leather",
+    "perforated_plate", "polka_dots", "square_tiles", "striped_cloth", "wood_grain", "woven_fabric",
+)  # fmt: skip
+UNSEEN = (
+    "circuit_board", "corduroy", "grass", "herringbone_parquet", "hexagonal_tiles", "knitted_fabric", "marble",
+    "sand_ripples", "terrazzo", "wire_mesh",
+)  # fmt: skip
+FIGURES = ("pixel_auroc", "pixel_ap", "image_auroc", "image_ap")
+
+# Every variant changes the literal recipe of the paper.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper-literal": {},
+    "B 0.02": {"expert_std": 0.02},
+    "B 0.02, G 0.02": {"expert_std": 0.02, "router_std": 0.02},
+    "B 0.02, G 0.02, experts' lr x 10": {"expert_std": 0.02, "router_std": 0.02, "expert_learning_rate": 5e-3},
+}
+
+
+def recipe_of(variant: str, steps: int, batch_size: int) -> Recipe:
+    """The recipe of a variant, its milestones moved to two thirds of a shorter run."""
+    recipe = get_recipe("paper-literal", **VARIANTS[variant]) if variant in VARIANTS else get_recipe(variant)
+    return replace(recipe, batch_size=batch_size, halve_at=(2 * steps // 3,))
+
+
+def write_bare_clip(folder: Path) -> None:
+    """The CLIP within the embedded checkpoint, with its tokenizer."""
+    embedded = MoECLIPModel.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.float32)
+    config = embedded.config
+    clip = CLIPModel(
+        CLIPConfig(
+            text_config=config.text_config.to_dict(),
+            vision_config=config.vision_config.to_dict(),
+            projection_dim=config.projection_dim,
+        )
+    )
+    state = embedded.state_dict()
+    clip.load_state_dict({name: state[name] for name in clip.state_dict()})
+    clip.save_pretrained(folder)
+    MoECLIPProcessor.from_pretrained(EMBEDDED_CHECKPOINT).tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def score(model: MoECLIPModel, processor: MoECLIPProcessor, rows: Any) -> dict[str, float]:
+    """Mean over the classes of the benchmark's figures."""
+    model.eval()
+    anchors = {
+        name: model.get_text_embeds(**processor(text=[name], return_tensors="pt"))
+        for name in sorted(set(rows["prompt_name"]))
+    }
+    metrics = {name: AnomalyMetrics("industrial") for name in anchors}
+    for start in range(0, len(rows), 16):
+        batch = [rows[index] for index in range(start, min(start + 16, len(rows)))]
+        names = [row["prompt_name"] for row in batch]
+        pixels = processor(images=[row["image"] for row in batch], return_tensors="pt")["pixel_values"]
+        outputs = model(pixels, text_embeds=torch.cat([anchors[name] for name in names]))
+        maps = processor.post_process_anomaly_maps(outputs, (IMAGE_SIZE, IMAGE_SIZE))
+        scores = (outputs.logits_per_image[:, 1] + 1) / 2
+        for index, row in enumerate(batch):
+            mask = torch.from_numpy(read_mask(row))[None]
+            metrics[names[index]].update(maps[index, None], scores[index, None], mask, [row["label"]])
+    return mean_figures(metrics.values())
+
+
+def mean_figures(metrics: Any) -> dict[str, float]:
+    computed = [each.compute() for each in metrics]
+    return {name: mean(figures[name] for figures in computed) for name in FIGURES}
+
+
+@torch.no_grad()
+def score_plain_clip(clip: CLIPModel, processor: MoECLIPProcessor, rows: Any) -> dict[str, float]:
+    """
+    CLIP without adaptation: patches behind the post-layernorm and the visual projection, by their cosines to the same
+    sentences behind the text projection, a softmax of the two cosines times 100; the image score is the class token's.
+    """
+    metrics = {name: AnomalyMetrics("industrial") for name in sorted(set(rows["prompt_name"]))}
+    anchors = {}
+    for name in metrics:
+        prompts = processor(text=[name], return_tensors="pt")
+        groups = prompts.pop("prompt_groups")
+        embeds = torch.nn.functional.normalize(clip.text_projection(clip.text_model(**prompts).pooler_output), dim=-1)
+        pair = torch.stack([embeds[groups == group].mean(dim=0) for group in (0, 1)])
+        anchors[name] = torch.nn.functional.normalize(pair, dim=-1)
+    for row in (rows[index] for index in range(len(rows))):
+        pixels = processor(images=row["image"], return_tensors="pt")["pixel_values"]
+        tokens = clip.vision_model(pixels).last_hidden_state
+        embeds = clip.visual_projection(clip.vision_model.post_layernorm(tokens))
+        cosines = torch.nn.functional.normalize(embeds, dim=-1) @ anchors[row["prompt_name"]].T
+        anomalous = (100 * cosines).softmax(dim=-1)[0, :, 1]
+        side = round((len(anomalous) - 1) ** 0.5)
+        grid = anomalous[1:].view(1, 1, side, side)
+        upsampled = torch.nn.functional.interpolate(
+            grid, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=True
+        )
+        mask = torch.from_numpy(read_mask(row))[None]
+        metrics[row["prompt_name"]].update(upsampled[0], anomalous[:1], mask, [row["label"]])
+    return mean_figures(metrics.values())
+
+
+def run(variant: str, seed: int, steps: int, batch_size: int, folder: Path) -> dict[str, Any]:
+    """Train one model and score it."""
+    recipe = recipe_of(variant, steps, batch_size)
+    model, processor = start_model(folder / "clip", recipe, seed)
+    args = training_arguments(
+        folder / "run",
+        recipe,
+        max_steps=steps,
+        save_strategy="no",
+        dataloader_num_workers=0,
+        logging_steps=max(1, steps // 10),
+        seed=seed,
+    )
+    samples = TrainingSamples(load_folder(folder / "seen"), processor, recipe.augment, seed)
+    trainer = MoECLIPTrainer(model, args, samples, processor, recipe)
+    trainer.train()
+    unseen = load_folder(folder / "unseen")
+    result = {"variant": variant, "seed": seed, "steps": steps, "batch_size": batch_size}
+    result["trained"] = score(model, processor, unseen)
+    for layer in model.moe_layers:
+        layer.residual_weight = 0.0
+    result["without_experts"] = score(model, processor, unseen)
+    result["log"] = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return result
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    groups = defaultdict(list)
+    for result in results:
+        groups[result["variant"], result["steps"]].append(result)
+    table = Table(
+        "variant", "steps", "seeds", "pixel AUROC", "pixel AP", "image AUROC",
+        "gain in pixel AUROC", "gain in pixel AP", "cosine", "drift", "grad norm of B, first", "last",
+    )  # fmt: skip
+    for (variant, steps), runs in groups.items():
+        trained = {name: [result["trained"][name] for result in runs] for name in FIGURES}
+        row = [spread(trained[name]) for name in ("pixel_auroc", "pixel_ap", "image_auroc")]
+        if "without_experts" in runs[0]:
+            for name in ("pixel_auroc", "pixel_ap"):
+                row.append(spread([result["trained"][name] - result["without_experts"][name] for result in runs], "+"))
+            for place, name in ((-1, "expert_cosine"), (-1, "expert_drift"), (0, "expert_grad_norm"),
+                                (-1, "expert_grad_norm")):  # fmt: skip
+                row.append(f"{mean(result['log'][place][name] for result in runs):.3g}")
+        table.add_row(variant, str(steps), str(len(runs)), *row)
+    Console(width=180).print(table)
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    deviation = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{mean(values):{sign}.3f}{deviation}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=["paper", "paper-literal"], metavar="NAME",
+                        help="recipes, plain-clip, or: " + "; ".join(VARIANTS))  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--output", type=Path, default=Path("outputs/experts.jsonl"))
+    parser.add_argument("--table", action="store_true", help="print the file's results, run nothing")
+    args = parser.parse_args()
+
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    results = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    done = {(result["variant"], result["seed"], result["steps"]) for result in results}
+    folder = Path(tempfile.mkdtemp(prefix="experts-"))
+    try:
+        if not args.table:
+            write_bare_clip(folder / "clip")
+            write_texture_benchmark(folder / "seen", SEEN, normal=11, anomalous=33, size=IMAGE_SIZE, seed=0)
+            write_texture_benchmark(folder / "unseen", UNSEEN, normal=11, anomalous=22, size=IMAGE_SIZE, seed=1)
+            for seed in args.seeds:
+                for variant in args.variants:
+                    steps = 0 if variant == "plain-clip" else args.steps
+                    if (variant, seed, steps) in done:
+                        continue
+                    if variant == "plain-clip":
+                        _, processor = start_model(folder / "clip", get_recipe("paper"))
+                        clip = CLIPModel.from_pretrained(folder / "clip").eval()
+                        figures = score_plain_clip(clip, processor, load_folder(folder / "unseen"))
+                        result = {"variant": variant, "seed": seed, "steps": 0, "trained": figures}
+                    else:
+                        result = run(variant, seed, args.steps, args.batch_size, folder)
+                    results.append(result)
+                    with args.output.open("a") as file:
+                        file.write(json.dumps(result) + "\n")
+    finally:
+        shutil.rmtree(folder)
+    print_table(results)
+
+
+if __name__ == "__main__":
+    main()

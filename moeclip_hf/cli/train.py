@@ -1,0 +1,158 @@
+"""`moeclip train`: from a plain CLIP and a data set with masks to a checkpoint."""
+
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moeclip_hf.errors import MoECLIPError
+
+_MODEL_SETTINGS = frozenset({
+    "num_experts", "num_experts_per_tok", "lora_rank", "lora_alpha", "use_fofs", "moe_layers", "feature_layers",
+    "aggregation_sizes", "shared_projections",
+})  # fmt: skip
+_LISTS = ("halve_at", "moe_layers", "feature_layers", "aggregation_sizes")
+
+
+class RecipeName(str, Enum):
+    """Recipes by name."""
+
+    paper = "paper"
+    paper_literal = "paper-literal"
+    released = "released"
+
+
+class Precision(str, Enum):
+    """Types that the forward pass computes in; weights and norms stay in float32."""
+
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Tracker(str, Enum):
+    """Where curves are sent while a run goes on."""
+
+    none = "none"
+    tensorboard = "tensorboard"
+    trackio = "trackio"
+    wandb = "wandb"
+
+
+def _recipe(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, show_default="the recipe's", rich_help_panel="Recipe")
+
+
+def _model(help: str) -> Any:
+    return typer.Option(help=help, show_default="the checkpoint's", rich_help_panel="Model")
+
+
+def _run(help: str, *names: str, min: int | None = None) -> Any:
+    return typer.Option(*names, help=help, min=min, rich_help_panel="Run")
+
+
+def _precision(help: str, *names: str, min: int | None = None) -> Any:
+    return typer.Option(*names, help=help, min=min, rich_help_panel="Memory and precision")
+
+
+def train(
+    dataset: Annotated[str, typer.Option(help="Benchmark, index file, folder or Hub data set, with masks.")],
+    output_dir: Annotated[Path, typer.Option(help="Where checkpoints and, at last, the model are written.")],
+    data_dir: Annotated[Path | None, typer.Option(help="Folder that holds a benchmark.")] = None,
+    split: Annotated[str, typer.Option(help="Part of the data; the method trains on test images.")] = "test",
+    classes: Annotated[str | None, typer.Option(help="Names, with commas.", show_default="all")] = None,
+    clip: Annotated[
+        str, typer.Option(help="Plain CLIP, or a MoECLIP to go on from: folder or Hub id.")
+    ] = "openai/clip-vit-large-patch14-336",
+    recipe: Annotated[RecipeName, typer.Option(help="See docs/training.md.")] = RecipeName.paper,
+    num_epochs: Annotated[float | None, _recipe("Passes over the data.")] = None,
+    batch_size: Annotated[int | None, _recipe("Images a process and step.")] = None,
+    learning_rate: Annotated[float | None, _recipe("Of projections and adapters.")] = None,
+    expert_learning_rate: Annotated[float | None, _recipe("Of routers and experts.")] = None,
+    adam_beta1: Annotated[float | None, _recipe("Of Adam.")] = None,
+    adam_beta2: Annotated[float | None, _recipe("Of Adam.")] = None,
+    adam_epsilon: Annotated[float | None, _recipe("Of Adam.")] = None,
+    warmup_steps: Annotated[int | None, _recipe("Steps over which learning rates rise from zero.")] = None,
+    halve_at: Annotated[str | None, _recipe("Steps at which learning rates are halved, with commas.")] = None,
+    max_grad_norm: Annotated[float | None, _recipe("Norm to which gradients are scaled down; 0 for never.")] = None,
+    expert_std: Annotated[float | None, _recipe("Deviation that B is drawn with.")] = None,
+    router_std: Annotated[float | None, _recipe("Deviation that G is drawn with.")] = None,
+    augment: Annotated[bool | None, _recipe("Rotate, shift and flip.", "--augment/--no-augment")] = None,
+    etf_loss_coef: Annotated[float | None, _recipe("Weight of the ETF term.")] = None,
+    router_aux_loss_coef: Annotated[float | None, _recipe("Weight of the balance term.")] = None,
+    lora_dropout: Annotated[float | None, _recipe("Dropout on the experts' input.")] = None,
+    residual_weight: Annotated[float | None, _recipe("lambda: how much of a block's output the experts make.")] = None,
+    hidden_act: Annotated[str | None, _recipe("Activation of both towers.")] = None,
+    num_experts: Annotated[int | None, _model("K.")] = None,
+    num_experts_per_tok: Annotated[int | None, _model("k.")] = None,
+    lora_rank: Annotated[int | None, _model("r.")] = None,
+    lora_alpha: Annotated[float | None, _model("alpha.")] = None,
+    use_fofs: Annotated[bool | None, _model("Frozen orthogonal feature separation.")] = None,
+    moe_layers: Annotated[str | None, _model("Adapted blocks, counted from 0, with commas.")] = None,
+    feature_layers: Annotated[str | None, _model("Taps, counted from 1, with commas.")] = None,
+    aggregation_sizes: Annotated[str | None, _model("Windows of patch averages, with commas.")] = None,
+    shared_projections: Annotated[bool | None, _model("One projection a tap.")] = None,
+    image_size: Annotated[int | None, _model("Pixels that images are resized to.")] = None,
+    max_steps: Annotated[int, _run("End after so many steps, whatever the epochs; -1 for never.")] = -1,
+    seed: Annotated[int, _run("Decides on everything random.")] = 0,
+    resume: Annotated[bool, _run("Go on from the last checkpoint in the output folder.", "--resume")] = False,
+    save_steps: Annotated[int, _run("Steps between checkpoints.", min=1)] = 500,
+    save_total_limit: Annotated[int, _run("Checkpoints that are kept.", min=1)] = 2,
+    logging_steps: Annotated[int, _run("Steps between logs.", min=1)] = 10,
+    tracker: Annotated[Tracker, _run("Where curves are sent.")] = Tracker.none,
+    num_workers: Annotated[int, _run("Processes that read images, a training process.", min=0)] = 2,
+    cpu: Annotated[bool, _run("Leave accelerators alone.", "--cpu")] = False,
+    gradient_accumulation_steps: Annotated[int, _precision("Batches a step.", min=1)] = 1,
+    activation_checkpointing: Annotated[
+        bool, _precision("Compute blocks again in the backward pass.", "--activation-checkpointing")
+    ] = False,
+    precision: Annotated[Precision, _precision("Type of the forward pass.")] = Precision.no,
+) -> None:
+    """Train MoECLIP's parts over a frozen CLIP.
+
+    On several GPUs or nodes: `accelerate launch examples/train.py` with the same options.
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    from transformers.utils import logging
+
+    from moeclip_hf.data import load_data
+    from moeclip_hf.training import RECIPES, get_recipe, start_model, training_arguments
+    from moeclip_hf.training import train as run_training
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    given |= {name: _numbers(name, given[name]) for name in _LISTS if name in given}
+    recipe_names = {field.name for field in fields(RECIPES[recipe.value])}
+    chosen = get_recipe(recipe.value, **{name: given[name] for name in recipe_names & given.keys()})
+    args = training_arguments(
+        output_dir,
+        chosen,
+        max_steps=max_steps,
+        seed=seed,
+        save_steps=save_steps,
+        save_total_limit=save_total_limit,
+        logging_steps=logging_steps,
+        report_to=tracker.value,
+        dataloader_num_workers=num_workers,
+        use_cpu=cpu,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        activation_checkpointing=activation_checkpointing,
+        bf16=precision is Precision.bf16,
+        fp16=precision is Precision.fp16,
+    )
+    rows = load_data(dataset, data_dir, split, classes.split(",") if classes else None)
+    model, processor = start_model(
+        clip, chosen, seed, image_size, **{name: given[name] for name in _MODEL_SETTINGS & given.keys()}
+    )
+    run_training(model, processor, rows, chosen, args, resume)
+    if args.process_index == 0:
+        typer.echo(f"Trained model written to {output_dir}; try: moeclip predict IMAGES --model {output_dir}")
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(",") if number.strip())
+    except ValueError:
+        raise MoECLIPError(f"{name} ({text!r}) must be whole numbers with commas between, such as 6,12.") from None
