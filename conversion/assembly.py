@@ -32,8 +32,10 @@ def check_setting_names(settings: Settings, config_class: type[PreTrainedConfig]
     """Refuse settings that a configuration, or its towers', does not know."""
     unknown = sorted(set(settings) - set(config_class.__dataclass_fields__))
     for tower, tower_class in _TOWERS.items():
-        known = set(tower_class.__dataclass_fields__)
-        unknown += sorted(f"{tower}.{name}" for name in settings.get(tower, {}) if name not in known)
+        given = settings.get(tower, {})
+        if not isinstance(given, Mapping):
+            raise ConversionError(f"{tower} must be a dict of settings, not {type(given).__name__}.")
+        unknown += sorted(f"{tower}.{name}" for name in set(given) - set(tower_class.__dataclass_fields__))
     if unknown:
         raise ConversionError(f"{config_class.__name__} has no setting {', '.join(unknown)}.")
 
@@ -66,11 +68,15 @@ def expected_tensors(model_class: type[PreTrainedModel], config: PreTrainedConfi
         return model_class(config).state_dict()
 
 
+def copy_to_float32(tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Copy what is the caller's, so that training the model does not change it."""
+    return {name: tensor.detach().to(torch.float32, copy=True).contiguous() for name, tensor in tensors.items()}
+
+
 def build_model(model_class: type[ModelT], config: PreTrainedConfig, tensors: Tensors) -> ModelT:
-    """Make a model, in eval mode and float32, of tensors that are known to be complete; they are copied."""
-    copies = {name: tensor.detach().to(torch.float32, copy=True).contiguous() for name, tensor in tensors.items()}
+    """Make a model, in eval mode, of float32 tensors that are known to be complete and become the model's own."""
     loaded: Any = model_class.from_pretrained(
-        None, config=config, state_dict=copies, dtype=torch.float32, output_loading_info=True
+        None, config=config, state_dict=dict(tensors), dtype=torch.float32, output_loading_info=True
     )
     model, info = loaded
     faults = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
@@ -95,7 +101,7 @@ def clip_from_tensors(tensors: Tensors, table: KeyTable, source: str, settings: 
     inferred = _infer_clip_settings(tensors, table, source, settings)
     config = make_config(CLIPConfig, merge_settings(inferred, settings))
     check_tensors(tensors, table.to_theirs(expected_tensors(CLIPModel, config)), source)
-    return build_model(CLIPModel, config, table.to_ours(tensors))
+    return build_model(CLIPModel, config, copy_to_float32(table.to_ours(tensors)))
 
 
 def _infer_clip_settings(tensors: Tensors, table: KeyTable, source: str, settings: Settings) -> dict[str, Any]:
@@ -147,7 +153,6 @@ def _infer_clip_settings(tensors: Tensors, table: KeyTable, source: str, setting
 
 
 def _infer_tower(tensors: Tensors, tower: str, width: int, settings: Settings) -> dict[str, Any]:
-    layers = rf"{tower}_model\.encoder\.layers\."
     feed_forward = tensors.get(f"{tower}_model.encoder.layers.0.mlp.fc1.bias")
     if width % _HEAD_WIDTH and "num_attention_heads" not in settings.get(f"{tower}_config", {}):
         raise ConversionError(
@@ -157,6 +162,6 @@ def _infer_tower(tensors: Tensors, tower: str, width: int, settings: Settings) -
     return {
         "hidden_size": width,
         "intermediate_size": 4 * width if feed_forward is None else len(feed_forward),
-        "num_hidden_layers": count_indices(tensors, layers + r"(\d+)\."),
+        "num_hidden_layers": count_indices(tensors, f"{tower}_model.encoder.layers.{{layer}}.", "layer"),
         "num_attention_heads": max(width // _HEAD_WIDTH, 1),
     }

@@ -19,13 +19,14 @@ Tensors = Mapping[str, torch.Tensor]
 
 _FIELDS = {
     "key": r".+",
-    "layer": r"\d+",
-    "tap": r"\d+",
-    "expert": r"\d+",
+    "layer": r"\d{1,4}",
+    "tap": r"\d{1,4}",
+    "expert": r"\d{1,4}",
     "part": r"weight|bias",
     "qkv": r"q|k|v",
 }
 _QKV = ("q", "k", "v")
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 # How many names of a kind an error lists.
 _MAX_LISTED = 8
 
@@ -128,7 +129,7 @@ def check_tensors(tensors: Tensors, expected: Tensors, source: str) -> None:
         source (`str`): names the file in the error.
 
     Raises:
-        ConversionError: lists unknown, missing, misshapen and unusable entries.
+        ConversionError: lists unknown, missing and misshapen entries, and those of another type or not finite.
     """
     shared = [key for key in sorted(tensors) if key in expected]
     refuse(
@@ -141,15 +142,15 @@ def check_tensors(tensors: Tensors, expected: Tensors, source: str) -> None:
                 for key in shared
                 if tensors[key].shape != expected[key].shape
             ],
+            "of another type": [f"{key}: {tensors[key].dtype}" for key in shared if tensors[key].dtype not in _DTYPES],
         },
     )
-    refuse(
-        source,
-        {
-            "non-floating": [f"{key}: {tensors[key].dtype}" for key in shared if not tensors[key].is_floating_point()],
-            "non-finite": [key for key in shared if not tensors[key].isfinite().all()],
-        },
-    )
+    refuse(source, {"non-finite": [key for key in shared if not _is_finite(tensors[key])]})
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers are finite, told from the extremes: NaN is both, and nothing is allocated."""
+    return all(extreme.isfinite() for extreme in tensor.aminmax())
 
 
 def refuse(source: str, faults: Mapping[str, Iterable[str]]) -> None:
@@ -166,10 +167,20 @@ def refuse(source: str, faults: Mapping[str, Iterable[str]]) -> None:
         raise ConversionError(f"{source} does not fit: {'; '.join(parts)}.")
 
 
-def count_indices(tensors: Iterable[str], pattern: str) -> int:
-    """One more than the largest index that `pattern` captures in the names; 0 if none fits."""
-    matches = (re.match(pattern, key) for key in tensors)
-    return max((int(match.group(1)) + 1 for match in matches if match), default=0)
+def find_indices(names: Iterable[str], prefix: str, field: str) -> dict[str, int]:
+    """The names that begin with a template, each with its index in `field`."""
+    pattern = _compile(prefix)
+    return {name: int(match[field]) for name in names if (match := pattern.match(name))}
+
+
+def count_indices(names: Iterable[str], prefix: str, field: str) -> int:
+    """
+    Count what names enumerate: one more than the largest index of [`find_indices`].
+
+    No more than there are such names, so that a stray index does not ask for thousands of layers.
+    """
+    indices = find_indices(names, prefix, field).values()
+    return min(max(indices, default=-1) + 1, len(indices))
 
 
 def _compile(template: str) -> re.Pattern[str]:

@@ -4,7 +4,6 @@ Such a file holds `epoch`, `optimizer_state_dict` and the two parts that are tra
 `image_adapter`. The CLIP beneath is not in it.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,21 @@ from moeclip_hf.conversion.assembly import (
     build_model,
     check_setting_names,
     clip_settings,
+    copy_to_float32,
     expected_tensors,
     make_config,
     merge_settings,
 )
-from moeclip_hf.conversion.key_table import POINTWISE, KeyTable, Row, Tensors, check_tensors, count_indices, refuse
+from moeclip_hf.conversion.key_table import (
+    POINTWISE,
+    KeyTable,
+    Row,
+    Tensors,
+    check_tensors,
+    count_indices,
+    find_indices,
+    refuse,
+)
 from moeclip_hf.conversion.reading import describe, read_checkpoint
 from moeclip_hf.conversion.transformers_clip import CLIPSource, load_clip
 from moeclip_hf.errors import ConversionError
@@ -29,7 +38,7 @@ from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 
 Adapter = Mapping[str, Any]
 
-_EXPERT = r"image_adapter\.moe_adapters\.\d+\.experts\.(\d+)\."
+_EXPERTS = "image_adapter.moe_adapters.{layer}.experts.{expert}."
 _PARTS = ("text_adapter", "image_adapter")
 _BOOKKEEPING = ("epoch", "optimizer_state_dict")
 _CLIP_SETTINGS = ("text_config", "vision_config", "projection_dim", "logit_scale_init_value", "initializer_factor")
@@ -94,7 +103,9 @@ def convert_released(adapter: str | Path | Adapter, clip: CLIPSource, **config: 
     table = _released_table(model_config.projection_activation is not None)
     expected = table.to_theirs(expected_tensors(MoECLIPModel, model_config))
     check_tensors(tensors, expected, source)
-    return build_model(MoECLIPModel, model_config, {**clip_model.state_dict(), **table.to_ours(tensors)})
+    return build_model(
+        MoECLIPModel, model_config, {**clip_model.state_dict(), **copy_to_float32(table.to_ours(tensors))}
+    )
 
 
 def export_released(model: MoECLIPModel) -> dict[str, dict[str, torch.Tensor]]:
@@ -170,21 +181,20 @@ def _refuse_other_clip(tensors: Tensors, clip: Any, source: str) -> None:
 
 def _infer_settings(tensors: Tensors, source: str) -> dict[str, Any]:
     """Read off an adapter's names and shapes what they tell of its experts and projections."""
-    activated = any(re.fullmatch(r"image_adapter\.seg_proj\.\d+\.fc\.0\.weight", name) for name in tensors)
+    activated = count_indices(tensors, "image_adapter.seg_proj.{tap}.fc.0.weight", "tap") > 0
     settings: dict[str, Any] = {"projection_activation": "leaky_relu" if activated else None}
-    down_projections = {name: tensor for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}
-    if down_projections:
-        misshapen = [
-            f"{name}: {tuple(tensor.shape)}" for name, tensor in down_projections.items() if tensor.dim() != 2
-        ]
-        refuse(source, {"misshapen": misshapen})
-        num_experts = count_indices(tensors, _EXPERT)
+    experts = find_indices(tensors, _EXPERTS + "lora_A.weight", "expert")
+    refuse(
+        source,
+        {"misshapen": [f"{name}: {tuple(tensors[name].shape)}" for name in experts if tensors[name].dim() != 2]},
+    )
+    if experts:
+        num_experts = count_indices(tensors, _EXPERTS, "expert")
         settings["num_experts"] = num_experts
-        settings["lora_rank"] = len(next(iter(down_projections.values())))
+        settings["lora_rank"] = len(tensors[next(iter(experts))])
         settings["use_fofs"] = all(
-            _is_fofs_projection(tensor, expert=int(match.group(1)), num_experts=num_experts)
-            for name, tensor in down_projections.items()
-            if (match := re.match(_EXPERT, name))
+            expert < num_experts and _is_fofs_projection(tensors[name], expert, num_experts)
+            for name, expert in experts.items()
         )
     return settings
 
@@ -211,14 +221,14 @@ def _refuse_contradictions(inferred: Settings, given: Settings, source: str) -> 
 def _make_moeclip_config(tensors: Tensors, source: str, settings: Settings) -> MoECLIPConfig:
     """Make the configuration, and compare the layers and taps it names with those that the adapter holds."""
     config = make_config(MoECLIPConfig, settings)
-    num_layers = count_indices(tensors, r"image_adapter\.moe_adapters\.(\d+)\.")
+    num_layers = count_indices(tensors, "image_adapter.moe_adapters.{layer}.", "layer")
     if num_layers != len(config.moe_layers):
         raise ConversionError(
             f"{source} adapts {num_layers} blocks, but moe_layers ({config.moe_layers}) names "
             f"{len(config.moe_layers)}: set moe_layers (--moe-layers)."
         )
     num_taps, num_maps = len(config.feature_layers), config.num_maps
-    num_projections = count_indices(tensors, r"image_adapter\.seg_proj\.(\d+)\.")
+    num_projections = count_indices(tensors, "image_adapter.seg_proj.{tap}.", "tap")
     if num_projections not in (num_taps, num_maps):
         raise ConversionError(
             f"{source} holds {num_projections} patch projections, but feature_layers ({config.feature_layers}) and "

@@ -37,13 +37,16 @@ def load_tokenizer(source: str | Path, text_config: CLIPTextConfig) -> PreTraine
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
         except Exception as error:  # whatever a missing or broken tokenizer leads to
-            raise ConversionError(f"{source}: no tokenizer can be loaded from there: {one_line(error)}") from error
+            raise ConversionError(
+                f"{source}: no tokenizer can be loaded from there (--tokenizer): {one_line(error)}"
+            ) from error
     end = text_config.eos_token_id
     end = text_config.vocab_size - 1 if end == _LEGACY_END_ID else end
     if len(tokenizer) > text_config.vocab_size or tokenizer.eos_token_id != end:
         raise ConversionError(
-            f"{source} is not the CLIP's tokenizer: it has {len(tokenizer)} tokens and ends texts with "
-            f"{tokenizer.eos_token_id}, where the text tower has {text_config.vocab_size} and expects {end}."
+            f"{source} holds another tokenizer than the CLIP's: it has {len(tokenizer)} tokens and ends texts with "
+            f"{tokenizer.eos_token_id}, where the text tower has {text_config.vocab_size} and expects {end}: pass the "
+            "CLIP's own (--tokenizer)."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -12,6 +12,7 @@ from moeclip_hf.conversion.assembly import (
     check_setting_names,
     clip_from_tensors,
     clip_settings,
+    copy_to_float32,
     expected_tensors,
     make_config,
     merge_settings,
@@ -48,9 +49,10 @@ def load_clip(clip: CLIPSource, **config: Any) -> CLIPModel:
     check_setting_names(config, CLIPConfig)
     source = describe(clip, "The CLIP")
     if isinstance(clip, CLIPModel):
-        return _rebuild(clip, source, config)
+        return _rebuild(clip.config, copy_to_float32(clip.state_dict()), source, config)
     if isinstance(clip, (str, Path)) and is_repository(clip):
-        return _rebuild(_load_repository(source), source, config)
+        loaded = _load_repository(source)
+        return _rebuild(loaded.config, loaded.state_dict(), source, config)
     tensors = read_tensors(clip, source)
     if not any(name.startswith(("visual.", "vision_model.")) for name in tensors):
         raise ConversionError(
@@ -90,9 +92,8 @@ def _load_repository(name: str) -> CLIPModel:
     return model
 
 
-def _rebuild(clip: CLIPModel, source: str, settings: Settings) -> CLIPModel:
-    """Copy a CLIP, with other settings laid over its own."""
-    config = make_config(CLIPConfig, merge_settings(clip_settings(clip.config), settings))
-    tensors = clip.state_dict()
+def _rebuild(clip: CLIPConfig, tensors: Tensors, source: str, settings: Settings) -> CLIPModel:
+    """Make a CLIP of another's weights, with settings laid over its own."""
+    config = make_config(CLIPConfig, merge_settings(clip_settings(clip), settings))
     check_tensors(tensors, expected_tensors(CLIPModel, config), source)
     return build_model(CLIPModel, config, tensors)

@@ -102,11 +102,14 @@ def test_a_transformers_clip_brings_its_tokenizer(moeclip, files, tmp_path, toke
     tokenizer.save_pretrained(tmp_path / "clip")
     adapter = files / "moe_last.pth"
     arguments = ["--adapter", adapter, "--clip", tmp_path / "clip", "--output", tmp_path / "out", "--image-size", 20]
-    status, output, _ = moeclip("convert", "released", *arguments, "--aggregation-sizes", "1", "--json")
+    arguments += ["--aggregation-sizes", "1"]
+    _, output, _ = moeclip("convert", "released", *arguments)
+    assert "4, the third last tap, which the released code takes without PAA" in output
+    status, output, _ = moeclip("convert", "released", *arguments, "--json")
     assert status == 0
     facts = json.loads(output)
     assert facts["moe_layers"] == [1, 3, 5, 7]
-    assert facts["image_feature_layer"] == "4, the third last tap, which the released code takes without PAA"
+    assert (facts["image_feature_layer"], facts["activation"]) == (4, "gelu")
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     assert processor.image_processor.size == {"height": 20, "width": 20}
     assert processor.tokenizer.get_vocab() == tokenizer.get_vocab()

@@ -204,7 +204,7 @@ def test_a_missing_block_is_counted_and_cut_short_in_the_list(tensors):
         (lambda t: t.update(logit_scale=torch.tensor(float("nan"))), r"1 non-finite \(logit_scale\)"),
         (
             lambda t: t.update({"visual.proj": t["visual.proj"].to(torch.int8)}),
-            r"1 non-floating \(visual.proj: torch.int8",
+            r"1 of another type \(visual.proj: torch.int8",
         ),
         (lambda t: t.update({"visual.positional_embedding": torch.zeros(11, 128)}), "11 position embeddings"),
         (
@@ -230,6 +230,11 @@ def test_tensors_of_no_clip_are_refused():
 def test_settings_that_no_clip_has_are_refused(tensors):
     with pytest.raises(ConversionError, match=r"CLIPConfig has no setting projection_dims, vision_config.heads"):
         convert_openai_clip(tensors, projection_dims=3, vision_config={"heads": 2})
+
+
+def test_a_tower_is_set_by_a_dict(tensors):
+    with pytest.raises(ConversionError, match="vision_config must be a dict of settings, not int"):
+        load_clip(tensors, vision_config=3)
 
 
 def test_settings_that_contradict_each_other_are_refused(tensors):

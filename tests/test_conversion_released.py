@@ -155,6 +155,17 @@ def test_an_export_is_a_copy(clip):
     assert_same_adapter(exported, random_adapter())
 
 
+def test_training_a_converted_model_leaves_the_given_adapter_and_clip_alone():
+    adapter, clip = random_adapter(), convert_openai_clip(PlainCLIP().state_dict())
+    model = convert_released(adapter, clip)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert_same_adapter(adapter, random_adapter())
+    untouched = convert_openai_clip(PlainCLIP().state_dict()).state_dict()
+    assert all(torch.equal(tensor, untouched[name]) for name, tensor in clip.state_dict().items())
+
+
 def test_a_trained_model_exports_what_it_learnt_and_comes_back(clip):
     model = convert_released(random_adapter(), clip)
     with torch.no_grad():
@@ -220,6 +231,16 @@ def test_unknown_missing_and_misshapen_entries_are_listed_by_their_released_name
         (
             lambda a: a["image_adapter"].update({"moe_adapters.0.experts.0.lora_A.weight": torch.zeros(8)}),
             r"1 misshapen \(image_adapter.moe_adapters.0.experts.0.lora_A.weight: \(8,\)\)",
+        ),
+        (
+            lambda a: a["image_adapter"].update({"moe_adapters.0.experts.9999.lora_A.weight": torch.zeros(8, 128)}),
+            r"1 unknown \(image_adapter.moe_adapters.0.experts.9999.lora_A.weight\); 232 missing",  # 29 experts of two matrices behind four blocks
+        ),
+        (
+            lambda a: a["image_adapter"].update(
+                {"moe_adapters.0.experts.123456789.lora_A.weight": torch.zeros(8, 128)}
+            ),
+            r"1 unknown \(image_adapter.moe_adapters.0.experts.123456789.lora_A.weight\)",
         ),
         (
             lambda a: a["image_adapter"].update({"seg_proj.2.fc.0.weight": torch.zeros(48, 128)}),

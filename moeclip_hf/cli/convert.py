@@ -129,9 +129,10 @@ def released(
         image_size=image_size,
         dtype=getattr(torch, dtype.value),
     )
-    _report(
-        {**_describe_moeclip(model.config, tap_is_given=image_feature_layer is not None), "output": output}, as_json
-    )
+    reasons = {"activation": "as the released code trains with it"}
+    if image_feature_layer is None and model.config.image_feature_layer != model.config.feature_layers[-1]:
+        reasons["image_feature_layer"] = "the third last tap, which the released code takes without PAA"
+    _report({**_describe_moeclip(model.config), "output": output}, reasons, as_json)
 
 
 @convert.command()
@@ -157,8 +158,8 @@ def openai(
 
     model = load_clip(clip, **_heads(vision_heads, text_heads))
     save_clip(model, load_tokenizer(tokenizer, model.config.text_config), output, dtype=getattr(torch, dtype.value))
-    activation = f"{model.config.vision_config.hidden_act}, as this CLIP was pretrained with it"
-    _report({**_describe_towers(model.config), "activation": activation, "output": output}, as_json)
+    facts = {**_describe_towers(model.config), "activation": model.config.vision_config.hidden_act, "output": output}
+    _report(facts, {"activation": "as this CLIP was pretrained with it"}, as_json)
 
 
 @convert.command()
@@ -181,7 +182,7 @@ def export(
     torch.save({"epoch": 0, "optimizer_state_dict": {}, **export_released(loaded)}, output)
     if not as_json:
         typer.echo("Not in the file, and to be set by hand where it is used:")
-    _report({**settings_beside_adapter(loaded.config), "output": output}, as_json)
+    _report({**settings_beside_adapter(loaded.config), "output": output}, {}, as_json)
 
 
 def _find_tokenizer(tokenizer: str | None, clip: str) -> str:
@@ -218,21 +219,18 @@ def _describe_towers(config: Any) -> dict[str, Any]:
     return towers
 
 
-def _describe_moeclip(config: Any, tap_is_given: bool) -> dict[str, Any]:
-    """What was inferred, given and set, with the two habits of the released code said in words."""
+def _describe_moeclip(config: Any) -> dict[str, Any]:
     facts = {name: getattr(config, name) for name in _MOECLIP_SETTINGS}
-    facts["activation"] = f"{config.vision_config.hidden_act}, as the released code trains with it"
-    if not tap_is_given and config.image_feature_layer != config.feature_layers[-1]:
-        tap = config.image_feature_layer
-        facts["image_feature_layer"] = f"{tap}, the third last tap, which the released code takes without PAA"
-    return _describe_towers(config) | facts
+    return _describe_towers(config) | facts | {"activation": config.vision_config.hidden_act}
 
 
-def _report(facts: dict[str, Any], as_json: bool) -> None:
+def _report(facts: dict[str, Any], reasons: dict[str, str], as_json: bool) -> None:
+    """Print facts, and for people why some of them are as they are."""
     if as_json:
         print(json.dumps(facts, default=str))
         return
     width = max(map(len, facts))
     for name, value in facts.items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-        typer.echo(f"{name.replace('_', ' '):<{width}}  {shown}")
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        reason = f", {reasons[name]}" if name in reasons else ""
+        typer.echo(f"{name.replace('_', ' '):<{width}}  {shown}{reason}")
