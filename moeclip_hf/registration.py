@@ -1,15 +1,17 @@
-"""Makes MoECLIP known to transformers' Auto classes without importing transformers.
+"""Makes MoECLIP known to transformers' Auto classes and to PEFT without importing either.
 
 `import moeclip_hf` has to register with the Auto classes, and importing those takes seconds that `moeclip --help`
 should not. The Auto classes themselves are lazy: they hold names, and import `transformers.models.<model type>` when a
 name is first used. So MoECLIP's names join theirs once their modules are imported, by whomever, and this package
 answers as `transformers.models.moeclip`. Where the Auto classes are there already, the classes are registered at once.
+PEFT's adapter types are a plain enumeration: once PEFT is imported, the tuner is, and adds its own.
 """
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -24,8 +26,17 @@ _NAMES: dict[str, tuple[str, Any]] = {
 }
 
 
-class _NamingLoader(importlib.abc.Loader):
-    """Loads a module of the Auto classes as its own loader would, then adds MoECLIP's name to its table."""
+def _register_with(module: ModuleType) -> None:
+    """Register with a module that has just been imported."""
+    if module.__name__ == "peft":
+        importlib.import_module("moeclip_hf.tuner")
+    else:
+        table, name = _NAMES[module.__name__]
+        getattr(module, table)[_MODEL_TYPE] = name
+
+
+class _RegisteringLoader(importlib.abc.Loader):
+    """Loads a module as its own loader would, then registers with it."""
 
     def __init__(self, loader: importlib.abc.Loader):
         self.loader = loader
@@ -35,21 +46,23 @@ class _NamingLoader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        table, name = _NAMES[module.__name__]
-        getattr(module, table)[_MODEL_TYPE] = name
+        _register_with(module)
 
 
-class _NamingFinder(importlib.abc.MetaPathFinder):
-    """Finds the modules whose tables MoECLIP's names are to join."""
+class _RegisteringFinder(importlib.abc.MetaPathFinder):
+    """Finds the modules that are to be registered with."""
+
+    def __init__(self, names: Collection[str]):
+        self.names = names
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name not in _NAMES:
+        if name not in self.names:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _NamingLoader(spec.loader)
+            spec.loader = _RegisteringLoader(spec.loader)
         return spec
 
 
@@ -70,13 +83,17 @@ def _register_now() -> None:
 
 def register(package: ModuleType) -> None:
     """
-    Register with the Auto classes, now or when they are imported.
+    Register with the Auto classes and PEFT, now or when they are imported.
 
     Args:
         package (`ModuleType`): `moeclip_hf`, which gives the classes by name.
     """
-    if "transformers.models.auto.configuration_auto" in sys.modules:
-        _register_now()
-    else:
+    awaited = {*_NAMES, "peft"} - set(sys.modules)
+    if "transformers.models.auto.configuration_auto" in awaited:
         sys.modules[f"transformers.models.{_MODEL_TYPE}"] = package
-        sys.meta_path.insert(0, _NamingFinder())
+    else:
+        _register_now()
+        awaited -= set(_NAMES)
+    if "peft" not in awaited:
+        _register_with(sys.modules["peft"])
+    sys.meta_path.insert(0, _RegisteringFinder(awaited))

@@ -77,19 +77,33 @@ def test_importing_the_package_and_asking_for_help_load_nothing_heavy():
     assert run(sys.executable, "-c", code).strip().endswith("[]")
 
 
-@pytest.mark.parametrize("first", ["import moeclip_hf", "from transformers import AutoModel"])
-@pytest.mark.parametrize("used", ["AutoModel", "CLIPConfig", "CLIPModel", "AutoProcessor", "AutoConfig"])
-def test_the_auto_classes_know_moeclip_whatever_is_imported_first(first, used):
-    second = "import moeclip_hf" if first != "import moeclip_hf" else ""
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("import moeclip_hf", "from transformers import AutoModel"),
+        ("import moeclip_hf", "from transformers import CLIPConfig"),
+        ("import moeclip_hf", "from transformers import CLIPModel"),
+        ("from transformers import AutoProcessor", "import moeclip_hf"),
+    ],
+)
+def test_the_auto_classes_know_moeclip_whatever_is_imported_first(first, second):
     code = (
         f"{first}\n{second}\n"
-        f"from transformers import {used}, AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor\n"
+        "from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor\n"
         "from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT as folder\n"
         "classes = (AutoConfig, AutoModel, AutoProcessor, AutoImageProcessor)\n"
         "print(*(type(auto.from_pretrained(folder)).__name__ for auto in classes))"
     )
     expected = "MoECLIPConfig MoECLIPModel MoECLIPProcessor MoECLIPImageProcessor"
     assert run(sys.executable, "-c", code).strip() == expected
+
+
+@pytest.mark.parametrize(
+    "imports", ["import moeclip_hf, peft", "import peft, moeclip_hf", "import moeclip_hf\nimport transformers, peft"]
+)
+def test_peft_knows_the_tuner_whatever_is_imported_first(imports):
+    code = f"{imports}\nfrom peft import PeftType\nprint(PeftType('MOE_LORA').value)"
+    assert run(sys.executable, "-c", code).strip() == "MOE_LORA"
 
 
 def test_every_public_name_is_there_and_the_version_stands_in_one_place():
