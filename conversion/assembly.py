@@ -116,16 +116,12 @@ def _infer_clip_settings(tensors: Tensors, table: KeyTable, source: str, setting
     }
     refuse(source, {"missing": [table.their_name(name) for name in needed.values() if name not in ours]})
     shapes = {role: tuple(ours[name].shape) for role, name in needed.items()}
-    refuse(
-        source,
-        {
-            "misshapen": [
-                f"{table.their_name(needed[role])}: {shape}"
-                for role, shape in shapes.items()
-                if len(shape) != (4 if role == "patch" else 2)
-            ]
-        },
-    )
+    misshapen = [
+        table.their_name(needed[role])
+        for role, shape in shapes.items()
+        if len(shape) != (4 if role == "patch" else 2) or 0 in shape
+    ]
+    refuse(source, {"misshapen": [f"{name}: {tuple(tensors[name].shape)}" for name in misshapen]})
     side = round((shapes["positions"][0] - 1) ** 0.5)
     if side * side + 1 != shapes["positions"][0]:
         raise ConversionError(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, PreTrainedTokenizerBase
 
-from moeclip_hf.conversion.key_table import refuse
+from moeclip_hf.conversion.key_table import is_finite, refuse
 from moeclip_hf.modeling.image_processing_moeclip import MoECLIPImageProcessor
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
@@ -58,6 +58,6 @@ def _save_weights(model: Any, folder: str | Path, dtype: torch.dtype) -> None:
     model.to(dtype=dtype)
     for config in (model.config, model.config.text_config, model.config.vision_config):
         config.dtype = dtype
-    overflown = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    overflown = [name for name, tensor in model.state_dict().items() if not is_finite(tensor)]
     refuse(str(dtype).removeprefix("torch."), {"weights too large": overflown})
     model.save_pretrained(folder)

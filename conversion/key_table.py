@@ -39,7 +39,8 @@ class Layout(NamedTuple):
 
 
 def _transpose(matrix: torch.Tensor) -> torch.Tensor:
-    return matrix.t().contiguous()
+    # Of any rank: what is no matrix is refused by its shape, later.
+    return matrix.transpose(0, -1).contiguous()
 
 
 AS_IS = Layout(lambda tensor: tensor, lambda tensor: tensor)
@@ -89,7 +90,8 @@ class KeyTable:
                 continue
             tensor = row.layout.to_ours(tensor)
             if "{qkv}" in row.ours:
-                for letter, piece in zip(_QKV, tensor.chunk(3), strict=False):
+                pieces = tensor.chunk(3) if tensor.dim() else [tensor]
+                for letter, piece in zip(_QKV, pieces, strict=False):
                     ours[row.ours.format(**fields, qkv=letter)] = piece.clone()
             elif "expert" in fields:
                 stacks[row.ours.format(**fields)][int(fields["expert"])] = tensor
@@ -145,10 +147,10 @@ def check_tensors(tensors: Tensors, expected: Tensors, source: str) -> None:
             "of another type": [f"{key}: {tensors[key].dtype}" for key in shared if tensors[key].dtype not in _DTYPES],
         },
     )
-    refuse(source, {"non-finite": [key for key in shared if not _is_finite(tensors[key])]})
+    refuse(source, {"non-finite": [key for key in shared if not is_finite(tensors[key])]})
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
     """Whether all numbers are finite, told from the extremes: NaN is both, and nothing is allocated."""
     return all(extreme.isfinite() for extreme in tensor.aminmax())
 

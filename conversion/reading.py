@@ -18,8 +18,6 @@ from moeclip_hf.errors import ConversionError
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
 _LFS_MAGIC = b"version https://git-lfs"
-
-
 # What a Hub id looks like: a name, or an owner and a name.
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEIGHT_SUFFIXES = {".pt", ".pth", ".bin", ".safetensors"}
@@ -96,8 +94,6 @@ def _read(path: Path, head: bytes) -> Any:
         raise ConversionError(f"{path} is empty: fetch it anew.")
     if head.startswith(_LFS_MAGIC):
         raise ConversionError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`.")
-    if head.lstrip().startswith(b"<"):
-        raise ConversionError(f"{path} is a web page, not a checkpoint: the download failed, fetch it anew.")
     if head.startswith(_ZIP_MAGIC):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:  # checksums, which torch.load does not look at
@@ -110,6 +106,9 @@ def _read(path: Path, head: bytes) -> Any:
             return load_file(path)
         except SafetensorError as error:
             raise ConversionError(f"{path} is no valid safetensors file ({error}): fetch it anew.") from error
+    # Last, as the header's length that begins a safetensors file can look like anything.
+    if head.lstrip().startswith(b"<"):
+        raise ConversionError(f"{path} is a web page, not a checkpoint: the download failed, fetch it anew.")
     raise ConversionError(
         f"{path} is neither a PyTorch file (.pt, .pth, .bin), a TorchScript archive nor safetensors."
     )

@@ -38,7 +38,8 @@ from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 
 Adapter = Mapping[str, Any]
 
-_EXPERTS = "image_adapter.moe_adapters.{layer}.experts.{expert}."
+_MOE = "image_adapter.moe_adapters.{layer}."
+_EXPERTS = _MOE + "experts.{expert}."
 _PARTS = ("text_adapter", "image_adapter")
 _BOOKKEEPING = ("epoch", "optimizer_state_dict")
 _CLIP_SETTINGS = ("text_config", "vision_config", "projection_dim", "logit_scale_init_value", "initializer_factor")
@@ -46,17 +47,17 @@ _CLIP_SETTINGS = ("text_config", "vision_config", "projection_dim", "logit_scale
 
 def _released_table(activated: bool) -> KeyTable:
     """The names of a released adapter; an activation behind the patch projections moves these one level down."""
-    projection = "image_adapter.seg_proj.{tap}.fc.0.weight" if activated else "image_adapter.seg_proj.{tap}.fc.weight"
+    seg_proj = "image_adapter.seg_proj.{tap}.fc.0.weight" if activated else "image_adapter.seg_proj.{tap}.fc.weight"
     # fmt: off
     return KeyTable(
-        Row("text_adapter.0.fc.0.weight",             "text_adapter.projection.weight"),
-        Row(projection,                               "patch_projection.projections.{tap}.weight"),
-        Row("image_adapter.det_proj.ln.{part}",       "depthwise_adapter.layer_norm.{part}"),
+        Row("text_adapter.0.fc.0.weight",              "text_adapter.projection.weight"),
+        Row(seg_proj,                                  "patch_projection.projections.{tap}.weight"),
+        Row("image_adapter.det_proj.ln.{part}",        "depthwise_adapter.layer_norm.{part}"),
         Row("image_adapter.det_proj.adapter.0.weight", "depthwise_adapter.depthwise.weight"),
         Row("image_adapter.det_proj.adapter.2.weight", "depthwise_adapter.pointwise.weight", POINTWISE),
-        Row("image_adapter.moe_adapters.{layer}.gate.weight", "moe_layers.{layer}.router.weight"),
-        Row("image_adapter.moe_adapters.{layer}.experts.{expert}.lora_A.weight", "moe_layers.{layer}.lora_A"),
-        Row("image_adapter.moe_adapters.{layer}.experts.{expert}.lora_B.weight", "moe_layers.{layer}.lora_B"),
+        Row(_MOE + "gate.weight",                      "moe_layers.{layer}.router.weight"),
+        Row(_EXPERTS + "lora_A.weight",                "moe_layers.{layer}.lora_A"),
+        Row(_EXPERTS + "lora_B.weight",                "moe_layers.{layer}.lora_B"),
     )
     # fmt: on
 
@@ -221,7 +222,7 @@ def _refuse_contradictions(inferred: Settings, given: Settings, source: str) -> 
 def _make_moeclip_config(tensors: Tensors, source: str, settings: Settings) -> MoECLIPConfig:
     """Make the configuration, and compare the layers and taps it names with those that the adapter holds."""
     config = make_config(MoECLIPConfig, settings)
-    num_layers = count_indices(tensors, "image_adapter.moe_adapters.{layer}.", "layer")
+    num_layers = count_indices(tensors, _MOE, "layer")
     if num_layers != len(config.moe_layers):
         raise ConversionError(
             f"{source} adapts {num_layers} blocks, but moe_layers ({config.moe_layers}) names "

@@ -212,6 +212,12 @@ def test_a_missing_block_is_counted_and_cut_short_in_the_list(tensors):
             r"1 misshapen \(visual.conv1.weight: \(128, 48\)",
         ),
         (lambda t: t.update({"visual.layer1.0.conv1.weight": torch.zeros(1)}), "ResNet"),
+        (lambda t: t.update({"visual.proj": torch.zeros(128, 48, 2)}), r"1 misshapen \(visual.proj: \(128, 48, 2\)"),
+        (
+            lambda t: t.update({"transformer.resblocks.0.attn.in_proj_bias": torch.tensor(1.0)}),
+            r"1 misshapen \(transformer.resblocks.0.attn.in_proj_bias: \(\), not \(192,\)",
+        ),
+        (lambda t: t.update({"token_embedding.weight": torch.zeros(0, 64)}), r"1 misshapen \(token_embedding.weight"),
         (lambda t: t.update(epoch=3), r"1 non-tensor \(epoch\)"),
         (lambda t: t.pop("visual.conv1.weight"), r"1 missing \(visual.conv1.weight\)"),
     ],

@@ -135,6 +135,18 @@ DAMAGED = {
 }
 
 
+def test_a_safetensors_header_whose_length_spells_a_web_page_is_read(tmp_path):
+    path = tmp_path / "clip.safetensors"
+    save_file({"weight": torch.arange(4.0)}, path)
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    padded = 0x3C20  # a space and a "<"
+    header = content[8 : 8 + length].ljust(padded)
+    path.write_bytes(struct.pack("<Q", padded) + header + content[8 + length :])
+    assert path.read_bytes()[:2] == b" <"
+    assert read_checkpoint(path)["weight"].tolist() == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_file_that_is_no_checkpoint_is_told_in_one_line(tmp_path, name):
     write, message = DAMAGED[name]
