@@ -41,19 +41,40 @@ UNSEEN = (
 )  # fmt: skip
 FIGURES = ("pixel_auroc", "pixel_ap", "image_auroc", "image_ap")
 
-# Every variant changes the literal recipe of the paper.
+# Runs here are some 50 times shorter than the paper's 20 epochs, and learn 4 times as fast.
+SPEEDUP = 4
+
+# Every variant changes the literal recipe of the paper; `expert_speed` is the experts' learning rate over the others'.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "paper-literal": {},
-    "B 0.02": {"expert_std": 0.02},
-    "B 0.02, G 0.02": {"expert_std": 0.02, "router_std": 0.02},
-    "B 0.02, G 0.02, experts' lr x 10": {"expert_std": 0.02, "router_std": 0.02, "expert_learning_rate": 5e-3},
-}
+    "literal": {},
+    "B": {"expert_std": 0.02},
+    "B, G": {"expert_std": 0.02, "router_std": 0.02},
+    "B, G, expert lr x 3": {"expert_std": 0.02, "router_std": 0.02, "expert_speed": 3},
+    "B, G, expert lr x 10": {"expert_std": 0.02, "router_std": 0.02, "expert_speed": 10},
+    "literal, warm-up": {"warmup_steps": 50},
+    "literal, eps 1": {"adam_epsilon": 1.0},
+    "literal, clipped": {"max_grad_norm": 1.0},
+    "B, G, lambda 0.3": {"expert_std": 0.02, "router_std": 0.02, "residual_weight": 0.3},
+    "B, G, expert lr x 10, lambda 0.3": {
+        "expert_std": 0.02, "router_std": 0.02, "expert_speed": 10, "residual_weight": 0.3,
+    },
+}  # fmt: skip
 
 
 def recipe_of(variant: str, steps: int, batch_size: int) -> Recipe:
-    """The recipe of a variant, its milestones moved to two thirds of a shorter run."""
-    recipe = get_recipe("paper-literal", **VARIANTS[variant]) if variant in VARIANTS else get_recipe(variant)
-    return replace(recipe, batch_size=batch_size, halve_at=(2 * steps // 3,))
+    """The recipe of a variant, faster and with its milestone at two thirds of the run."""
+    changes = dict(VARIANTS[variant]) if variant in VARIANTS else {}
+    recipe = get_recipe("paper-literal" if variant in VARIANTS else variant)
+    speed = changes.pop("expert_speed", recipe.expert_learning_rate / recipe.learning_rate)
+    learning_rate = SPEEDUP * recipe.learning_rate
+    return replace(
+        recipe,
+        **changes,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        expert_learning_rate=speed * learning_rate,
+        halve_at=(2 * steps // 3,),
+    )
 
 
 def write_bare_clip(folder: Path) -> None:
@@ -188,7 +209,7 @@ def main() -> None:
                         help="recipes, plain-clip, or: " + "; ".join(VARIANTS))  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--output", type=Path, default=Path("outputs/experts.jsonl"))
     parser.add_argument("--table", action="store_true", help="print the file's results, run nothing")
     args = parser.parse_args()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -256,7 +257,7 @@ class MoECLIPTrainer(Trainer):
         try:
             weights = load_file(folder / TRAINED_WEIGHTS)
             saved = json.loads((folder / RECIPE_FILE).read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: cannot be resumed from: {error}") from error
         for name, value in describe_recipe(self.recipe).items():
             if name != "num_epochs" and saved.get(name) != value:

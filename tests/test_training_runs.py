@@ -1,0 +1,232 @@
+"""Training runs: what is trained and saved, resuming, and what is told to the user."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import logged, tiny_trainer, write_folder, write_plain_clip
+
+from moeclip_hf.data import load_folder
+from moeclip_hf.errors import CheckpointError, DatasetError, MoECLIPError
+from moeclip_hf.pretrained import load_pretrained
+from moeclip_hf.training import TrainingSamples, get_recipe, start_model, train, training_arguments
+from moeclip_hf.training.samples import Draw
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory, tokenizer):
+    return write_plain_clip(tmp_path_factory.mktemp("clip"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return load_folder(write_folder(tmp_path_factory.mktemp("data")))
+
+
+def test_only_moeclips_own_parts_change_and_are_saved(clip, rows, tmp_path):
+    trainer = tiny_trainer(clip, rows, tmp_path, save_steps=3, max_steps=3)
+    before = {name: tensor.clone() for name, tensor in trainer.moeclip.state_dict().items()}
+    trainer.train()
+    after = trainer.moeclip.state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    parts = {"moe_layers", "text_adapter", "patch_projection", "depthwise_adapter"}
+    assert {name.split(".")[0] for name in changed} == parts
+    saved = load_file(tmp_path / "checkpoint-3" / "trained.safetensors")
+    assert changed <= set(saved)
+    assert set(saved) - changed == {f"moe_layers.{number}.lora_A" for number in range(4)}
+    assert not [path for path in (tmp_path / "checkpoint-3").iterdir() if path.name == "model.safetensors"]
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_resumed_run_repeats_the_losses_and_weights_of_an_unbroken_one(clip, rows, tmp_path, at):
+    unbroken = tiny_trainer(clip, rows, tmp_path / "unbroken", save_steps=at, save_total_limit=None)
+    unbroken.train()
+    assert len(logged(unbroken, "loss")) == 12
+    torch.manual_seed(99)
+    resumed = tiny_trainer(clip, rows, tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "unbroken" / f"checkpoint-{at}"))
+    assert logged(resumed, "loss") == logged(unbroken, "loss")
+    for name, tensor in unbroken.moeclip.state_dict().items():
+        assert torch.equal(resumed.moeclip.state_dict()[name], tensor), name
+
+
+def test_frozen_projections_come_from_the_checkpoint_not_from_the_seed(clip, rows, tmp_path):
+    first = tiny_trainer(clip, rows, tmp_path, save_steps=2, max_steps=2)
+    first.train()
+    second = tiny_trainer(clip, rows, tmp_path / "second", seed=5)
+    assert not torch.equal(second.moeclip.moe_layers[0].lora_A, first.moeclip.moe_layers[0].lora_A)
+    second._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
+    assert torch.equal(second.moeclip.moe_layers[0].lora_A, first.moeclip.moe_layers[0].lora_A)
+
+
+def test_save_that_fails_leaves_no_checkpoint_and_the_last_one_stays(clip, rows, tmp_path, monkeypatch):
+    trainer = tiny_trainer(clip, rows, tmp_path, save_steps=2, max_steps=4)
+    save_state = trainer._save_rng_state
+
+    def fail_at_four(folder):
+        if trainer.state.global_step == 4:
+            raise OSError("no space left")
+        save_state(folder)
+
+    monkeypatch.setattr(trainer, "_save_rng_state", fail_at_four)
+    with pytest.raises(OSError, match="no space left"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_checkpoint_of_another_recipe_is_refused_with_both_values(clip, rows, tmp_path):
+    tiny_trainer(clip, rows, tmp_path, save_steps=2, max_steps=2).train()
+    other = tiny_trainer(clip, rows, tmp_path, get_recipe("paper", batch_size=4, learning_rate=0.1))
+    with pytest.raises(CheckpointError, match=r"learning_rate 0.0005, not 0.1"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    (tmp_path / "checkpoint-2" / "trained.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="cannot be resumed from"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_run_ends_in_a_complete_checkpoint_with_recipe_and_curves(clip, rows, tmp_path):
+    recipe = get_recipe("paper", batch_size=4, num_epochs=1)
+    model, processor = start_model(clip, recipe)
+    args = training_arguments(tmp_path / "out", recipe, use_cpu=True, dataloader_num_workers=0, logging_steps=1)
+    folder = train(model, processor, rows, recipe, args)
+    loaded = load_pretrained(folder, device="cpu")
+    assert all(torch.equal(loaded.model.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    assert json.loads((folder / "recipe.json").read_text())["learning_rate"] == 5e-4
+    assert (folder / "training_curves.png").stat().st_size > 10_000
+    assert not (folder / ".staging").exists()
+    with pytest.raises(MoECLIPError, match="holds checkpoints of another run"):
+        train(model, processor, rows, recipe, args)
+
+
+def test_logs_tell_terms_speed_and_what_the_experts_do(clip, rows, tmp_path):
+    trainer = tiny_trainer(clip, rows, tmp_path, max_steps=2, save_strategy="no")
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    weighted = entry["segmentation"] + entry["classification"] + 0.01 * (entry["etf"] + entry["balance"])
+    assert entry["loss"] == pytest.approx(weighted, rel=1e-5)
+    for block in (1, 3, 5, 7):
+        loads = [entry[f"expert_load/block_{block}/{expert}"] for expert in range(4)]
+        assert sum(loads) == pytest.approx(1)
+    assert -1 <= entry["expert_cosine"] <= 1
+    assert entry["expert_grad_norm"] > 0
+    assert 0 < entry["expert_drift"] < 2
+    assert entry["images_per_second"] > 0
+
+
+def test_expert_cosine_is_that_of_the_outputs(clip, rows, tmp_path):
+    trainer = tiny_trainer(clip, rows, tmp_path, get_recipe("paper", batch_size=4, lora_dropout=0.0))
+    layer = trainer.moeclip.moe_layers[2]
+    seen = []
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    trainer.monitor._reset()
+    batch = trainer.data_collator([trainer.train_dataset[Draw(0, row)] for row in range(4)])
+    trainer.moeclip.train()
+    trainer.compute_loss(trainer.moeclip, batch)
+    outputs = torch.nn.functional.normalize(
+        torch.stack([seen[0] @ a.T @ b.T for a, b in zip(layer.lora_A, layer.lora_B, strict=True)], dim=-2), dim=-1
+    )
+    pairs = [(outputs[..., i, :] * outputs[..., j, :]).sum(-1).mean() for i in range(4) for j in range(i)]
+    assert trainer.monitor.cosines[2].item() == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-5)
+
+
+def test_text_tower_runs_once_a_class_not_once_a_step(clip, rows, tmp_path):
+    trainer = tiny_trainer(clip, rows, tmp_path, max_steps=2, save_strategy="no")
+    assert trainer.prompt_features.shape[:2] == (2, 16)
+    trainer.moeclip.text_model.forward = None  # calling it would fail
+    trainer.train()
+
+
+def test_samples_depend_on_seed_epoch_and_row_alone(clip, rows):
+    _, processor = start_model(clip, get_recipe("paper"))
+    samples = TrainingSamples(rows, processor, seed=3)
+    again = TrainingSamples(rows, processor, seed=3)
+    [again[Draw(0, row)] for row in range(5)]
+    first = samples[Draw(1, 7)]
+    assert torch.equal(first["pixel_values"], again[Draw(1, 7)]["pixel_values"])
+    others = [samples[Draw(2, 7)], TrainingSamples(rows, processor, seed=4)[Draw(1, 7)]]
+    assert len({other["sample_seeds"] for other in [first, *others]}) == 3
+
+
+def test_image_and_mask_move_together_and_black_comes_into_view(clip, rows):
+    _, processor = start_model(clip, get_recipe("paper"))
+    samples = TrainingSamples(rows, processor, seed=0)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (
+        processor.image_processor.image_mean, processor.image_processor.image_std))  # fmt: skip
+    abnormal = [row for row in range(len(rows)) if rows[row]["label"]]
+    darkest = 1.0
+    for row in abnormal:
+        sample = samples[Draw(0, row)]
+        pixels = sample["pixel_values"] * std + mean
+        inner = torch.nn.functional.avg_pool2d(sample["masks"][None].float(), 3, 1, 1)[0] > 0.99
+        if inner.any():
+            assert pixels.mean(dim=0)[inner].min() > 0.7  # the bright square lies under its mask
+        darkest = min(darkest, pixels.min().item())
+    assert darkest == pytest.approx(0, abs=1e-5)
+
+
+def test_anomalous_image_without_a_mask_is_named(clip, rows, tmp_path):
+    _, processor = start_model(clip, get_recipe("paper"))
+    root = write_folder(tmp_path)
+    (root / "nut" / "masks" / "2.png").unlink()
+    with pytest.raises(DatasetError, match=r"nut/abnormal/2.png is anomalous and has no mask"):
+        TrainingSamples(load_folder(root), processor)
+    with pytest.raises(DatasetError, match="no anomalous image"):
+        TrainingSamples(rows.filter(lambda label: label == 0, input_columns="label"), processor)
+
+
+def test_batch_larger_than_the_data_is_refused(clip, rows, tmp_path):
+    with pytest.raises(MoECLIPError, match="a step takes 50 images and there are 24"):
+        tiny_trainer(clip, rows, tmp_path, get_recipe("paper", batch_size=50))
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch(clip, rows, tmp_path):
+    """Exact where the objective is linear in the batch, which all terms but the balance are."""
+    losses = []
+    for batch_size, accumulated in ((4, 1), (2, 2)):
+        recipe = get_recipe("paper", batch_size=batch_size, router_aux_loss_coef=0.0)
+        trainer = tiny_trainer(
+            clip, rows, tmp_path, recipe, max_steps=4, save_strategy="no", gradient_accumulation_steps=accumulated
+        )
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_activation_checkpointing_changes_no_loss(clip, rows, tmp_path):
+    losses = []
+    for checkpointing in (False, True):
+        trainer = tiny_trainer(
+            clip, rows, tmp_path, max_steps=3, save_strategy="no", activation_checkpointing=checkpointing
+        )
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_stays_near_single(clip, rows, tmp_path, precision):
+    losses = []
+    for settings in ({}, {precision: True}):
+        trainer = tiny_trainer(clip, rows, tmp_path, max_steps=3, save_strategy="no", **settings)
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=0.01)
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+def test_going_on_from_a_moeclip_keeps_its_experts(clip, rows, tmp_path):
+    recipe = get_recipe("paper", batch_size=4)
+    first, processor = start_model(clip, recipe)
+    with torch.no_grad():
+        first.moe_layers[0].lora_B.fill_(0.5)
+    first.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    second, _ = start_model(tmp_path, recipe, seed=1)
+    assert all(torch.equal(second.state_dict()[name], tensor) for name, tensor in first.state_dict().items())
+
+
+def test_source_that_is_no_checkpoint_is_named(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="cannot be loaded to train on"):
+        start_model(tmp_path / "nothing", get_recipe("paper"))
