@@ -13,8 +13,10 @@ from PIL import Image
 
 from moeclip_hf.errors import MoECLIPError, UnreadableImageError
 from moeclip_hf.modeling.image_processing_moeclip import to_rgb
+from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
 from moeclip_hf.pretrained import Pretrained
 from moeclip_hf.reading import read_ahead
+from moeclip_hf.tiling import Tiling, detect_in_tiles
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
@@ -94,6 +96,8 @@ def predict(
     batch_size: int = 8,
     threshold: float | None = None,
     pixel_threshold: float | None = None,
+    size: dict[str, int] | None = None,
+    tiling: Tiling | None = None,
 ) -> Iterator[Prediction]:
     """
     Score image files, one after the other and in order, while the next ones are being read.
@@ -104,26 +108,75 @@ def predict(
         pretrained ([`Pretrained`]): from [`load_pretrained`].
         paths: of the files.
         class_name (`str`): what the images show, such as "metal nut".
-        batch_size (`int`): images computed at once; no score depends on it.
+        batch_size (`int`): images, or tiles, computed at once; no score depends on it.
         threshold, pixel_threshold (`float`, *optional*): of verdicts and regions, instead of the processor's.
+        size (`dict[str, int]`, *optional*): what images, or tiles, are resized to, instead of the processor's size;
+            from [`input_size`].
+        tiling ([`Tiling`], *optional*): cut images into tiles, for those far larger than the model's input.
     """
-    model, processor = pretrained
     anchors = class_anchors(pretrained, class_name)
-    for batch in _batches(read_ahead(_read, paths, depth=2 * batch_size), batch_size):
+    images_at_once = 1 if tiling else batch_size
+    for batch in _batches(read_ahead(_read, paths, depth=2 * images_at_once), images_at_once):
         readable = [prediction for prediction in batch if prediction.image is not None]
-        if readable:
-            images = [prediction.image for prediction in readable]
-            pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
-            with torch.inference_mode():
-                outputs = model(pixel_values.to(model.device, model.dtype), text_embeds=anchors)
-            sizes = [(image.height, image.width) for image in images]
-            results = processor.post_process_anomaly_detection(outputs, sizes, threshold, pixel_threshold)
-            for prediction, result in zip(readable, results, strict=True):
-                prediction.score = result["score"]
-                prediction.is_anomalous = result["is_anomalous"]
-                prediction.anomaly_map = result["map"].cpu().numpy()
-                prediction.regions = result["regions"]
+        images = [prediction.image for prediction in readable if prediction.image is not None]
+        if tiling:
+            results = [
+                detect_in_tiles(pretrained, image, anchors, tiling, batch_size, threshold, pixel_threshold, size)
+                for image in images
+            ]
+        else:
+            results = _detect(pretrained, images, anchors, threshold, pixel_threshold, size)
+        for prediction, result in zip(readable, results, strict=True):
+            prediction.score = result["score"]
+            prediction.is_anomalous = result["is_anomalous"]
+            prediction.anomaly_map = result["map"].cpu().numpy()
+            prediction.regions = result["regions"]
         yield from batch
+
+
+def input_size(processor: MoECLIPProcessor, image_size: int | None, keep_aspect: bool) -> dict[str, int]:
+    """
+    The size that images are resized to, in whole patches.
+
+    Args:
+        processor ([`MoECLIPProcessor`])
+        image_size (`int`, *optional*): of a side in pixels, or of the shorter one where the aspect ratio is kept; by
+            default as the processor has it.
+        keep_aspect (`bool`): whether the aspect ratio is kept, as it also is where the processor keeps it.
+
+    Returns:
+        `{"height": h, "width": w}` or `{"shortest_edge": n}`.
+    """
+    size, patch_size = processor.image_processor.size, processor.image_processor.patch_size
+    if image_size is None:
+        return {"shortest_edge": min(size.values())} if keep_aspect else size
+    edge = max(1, round(image_size / patch_size)) * patch_size
+    return {"shortest_edge": edge} if keep_aspect or "shortest_edge" in size else {"height": edge, "width": edge}
+
+
+def _detect(
+    pretrained: Pretrained,
+    images: list[Image.Image],
+    anchors: torch.Tensor,
+    threshold: float | None,
+    pixel_threshold: float | None,
+    size: dict[str, int] | None,
+) -> list[dict[str, Any]]:
+    """Verdicts of whole images; those that keep unlike aspect ratios are computed apart."""
+    model, processor = pretrained
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    pixels = processor(images=images, size=size)["pixel_values"] if images else []
+    for index, image_pixels in enumerate(pixels):
+        by_shape.setdefault(image_pixels.shape, []).append(index)
+    results: dict[int, dict[str, Any]] = {}
+    for indices in by_shape.values():
+        pixel_values = torch.from_numpy(np.stack([pixels[index] for index in indices]))
+        with torch.inference_mode():
+            outputs = model(pixel_values.to(model.device, model.dtype), text_embeds=anchors)
+        sizes = [(images[index].height, images[index].width) for index in indices]
+        found = processor.post_process_anomaly_detection(outputs, sizes, threshold, pixel_threshold)
+        results.update(zip(indices, found, strict=True))
+    return [results[index] for index in range(len(images))]
 
 
 def class_anchors(pretrained: Pretrained, class_name: str) -> torch.Tensor:

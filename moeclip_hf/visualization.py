@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 # Colours of an anomaly map at 0, 1/4, ... 1: from deep blue over violet and orange to light yellow.
 _HEAT = np.array([[10, 10, 70], [110, 20, 140], [220, 50, 70], [255, 150, 20], [255, 250, 150]], dtype=float)
 _REGION_COLOUR = (0, 255, 255)
+_BAND = 256  # rows
 
 
 def heat_colours(anomaly_map: np.ndarray) -> np.ndarray:
@@ -41,10 +42,14 @@ def draw_overlay(
     Returns:
         `PIL.Image.Image`: RGB, as large as the image.
     """
-    heat = np.clip(anomaly_map / (2 * max(pixel_threshold, 1e-6)), 0, 1).astype(np.float32)
-    alpha = opacity * heat[..., np.newaxis]
-    pixels = np.asarray(image, dtype=np.float32) * (1 - alpha) + heat_colours(heat) * alpha
-    overlay = Image.fromarray(np.rint(pixels).astype(np.uint8))
+    pixels = np.array(image)
+    # In bands, so that memory holds no floating-point copies of a large image.
+    for top in range(0, len(pixels), _BAND):
+        band = slice(top, top + _BAND)
+        heat = np.clip(anomaly_map[band] / (2 * max(pixel_threshold, 1e-6)), 0, 1).astype(np.float32)
+        alpha = opacity * heat[..., np.newaxis]
+        pixels[band] = np.rint(pixels[band] * (1 - alpha) + heat_colours(heat) * alpha)
+    overlay = Image.fromarray(pixels)
     draw = ImageDraw.Draw(overlay)
     width = max(1, round(min(image.size) / 200))
     for region in regions:

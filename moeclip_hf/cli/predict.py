@@ -11,8 +11,9 @@ import typer
 if TYPE_CHECKING:
     from moeclip_hf.prediction import Prediction
 
-# Overlays waiting to be written at most, so that memory does not grow with the number of images.
+# Overlays waiting to be written at most, so that memory does not grow with the number of images, nor with their size.
 _WRITES_AHEAD = 8
+_LARGE_WRITES_AHEAD = 1
 
 
 class MapFormat(str, Enum):
@@ -48,7 +49,24 @@ def predict(
         float | None,
         typer.Option(help="Map value from which on pixels make regions.", show_default="the checkpoint's"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images computed at once; no score depends on it.")] = 8,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels a side that the model sees.", show_default="the checkpoint's")
+    ] = None,
+    keep_aspect: Annotated[
+        bool, typer.Option("--keep-aspect", help="Keep aspect ratios; --image-size is then the shorter side.")
+    ] = False,
+    tile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PIXELS|auto",
+            help="Cut large images into tiles of so many pixels a side; auto: what the model sees, pixel by pixel.",
+            show_default="whole images",
+        ),
+    ] = None,
+    tile_overlap: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of a tile's side in common with the next one.")
+    ] = 0.25,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images or tiles at once; no score depends on it.")] = 8,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.", show_default="the best there is")] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Type to compute in.", show_default="float16 on CUDA, else float32")
@@ -60,13 +78,16 @@ def predict(
     Each score lies in 0 to 1 and depends on its image and the checkpoint alone. A file that cannot be read is named,
     the rest is done, and the exit status is 1.
     """
+    tile_size = _tile_size(tile)
+
     from rich.console import Console
     from rich.progress import track
     from transformers.utils import logging
 
-    from moeclip_hf.prediction import find_images
+    from moeclip_hf.prediction import find_images, input_size
     from moeclip_hf.prediction import predict as predict_files
     from moeclip_hf.pretrained import load_pretrained
+    from moeclip_hf.tiling import Tiling
 
     logging.disable_progress_bar()
     errors = Console(stderr=True)
@@ -76,7 +97,12 @@ def predict(
     threshold = processor.image_threshold if threshold is None else threshold
     pixel_threshold = processor.pixel_threshold if pixel_threshold is None else pixel_threshold
     names = _output_names(paths)
-    predictions = predict_files(pretrained, paths, class_name, batch_size, threshold, pixel_threshold)
+    size = input_size(processor, image_size, keep_aspect)
+    tiling = Tiling(tile_size, tile_overlap) if tile else None
+    writes_ahead = _LARGE_WRITES_AHEAD if tiling else _WRITES_AHEAD
+    predictions = predict_files(
+        pretrained, paths, class_name, batch_size, threshold, pixel_threshold, size=size, tiling=tiling
+    )
 
     rows: list[dict[str, Any]] = []
     pending: list[Any] = []
@@ -92,7 +118,7 @@ def predict(
                 }
                 row |= {name: str(target) for name, target in targets.items() if target}
                 pending.append(writer.submit(_write, prediction, pixel_threshold, **targets))
-                while len(pending) > _WRITES_AHEAD:
+                while len(pending) > writes_ahead:
                     pending.pop(0).result()
             else:
                 unreadable += 1
@@ -110,6 +136,14 @@ def predict(
             typer.echo(f"Written to {output_dir}{'' if output_dir.is_absolute() else ' (in this folder)'}")
     if unreadable:
         raise typer.Exit(1)
+
+
+def _tile_size(tile: str | None) -> int | None:
+    if tile is None or tile == "auto":
+        return None
+    if not tile.isdecimal() or int(tile) < 1:
+        raise typer.BadParameter(f"{tile!r} is neither a number of pixels nor auto.", param_hint="--tile")
+    return int(tile)
 
 
 def _output_names(paths: list[Path]) -> dict[Path, Path]:
@@ -143,6 +177,7 @@ def _write(prediction: "Prediction", pixel_threshold: float, overlay: Path | Non
 
     from moeclip_hf.visualization import draw_overlay
 
+    assert prediction.image is not None and prediction.anomaly_map is not None  # it could be read
     for target in filter(None, (overlay, map)):
         target.parent.mkdir(parents=True, exist_ok=True)
     if overlay:
