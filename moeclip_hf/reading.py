@@ -18,7 +18,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], depth: int, workers: int = 2) -> Iterator[Result]:
+def read_ahead(
+    read: Callable[[Item], Result], items: Iterable[Item], depth: int, workers: int = 2
+) -> Iterator[Result]:
     """
     Call `read` on items in threads, and give the results in order.
 

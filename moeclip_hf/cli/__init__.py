@@ -6,8 +6,10 @@ import typer
 
 from moeclip_hf._version import __version__
 from moeclip_hf.cli.benchmarks import benchmarks
+from moeclip_hf.cli.calibrate import calibrate
 from moeclip_hf.cli.convert import convert
 from moeclip_hf.cli.predict import predict
+from moeclip_hf.cli.train import train
 from moeclip_hf.errors import MoECLIPError
 
 app = typer.Typer(
@@ -19,6 +21,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(predict)
+app.command()(train)
+app.command()(calibrate)
 app.add_typer(benchmarks, name="benchmarks")
 app.add_typer(convert, name="convert")
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from moeclip_hf.cli.progress import progress_bar
 
+if TYPE_CHECKING:
     from moeclip_hf.data import Benchmark, CheckReport
 
 benchmarks = typer.Typer(help="List the benchmarks, check a copy on disk, or write a synthetic one.")
@@ -69,8 +69,7 @@ def textures(
     """Write a benchmark of synthetic textures with exact masks, in MVTec AD's tree."""
     from moeclip_hf.data.textures import write_texture_benchmark
 
-    with _progress_bar() as bar:
-        task = bar.add_task("textures", total=None)
+    with progress_bar("textures") as progress:
         write_texture_benchmark(
             out,
             families.split(",") if families else None,
@@ -80,7 +79,7 @@ def textures(
             train=train,
             size=size,
             seed=seed,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     typer.echo(f"wrote {out}")
 
@@ -88,17 +87,8 @@ def textures(
 def _check(benchmark: Benchmark, data_dir: Path, quiet: bool) -> CheckReport:
     from moeclip_hf.data import check_benchmark
 
-    with _progress_bar(quiet) as bar:
-        task = bar.add_task(benchmark.name, total=None)
-        return check_benchmark(benchmark, data_dir, lambda done, total: bar.update(task, completed=done, total=total))
-
-
-def _progress_bar(quiet: bool = False) -> Progress:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    return Progress(console=console, transient=True, disable=quiet or not console.is_terminal)
+    with progress_bar(benchmark.name, quiet) as progress:
+        return check_benchmark(benchmark, data_dir, progress)
 
 
 def _facts(benchmark: Benchmark) -> dict[str, Any]:
