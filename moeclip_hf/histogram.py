@@ -217,8 +217,8 @@ def _group_starts(
     return np.flatnonzero(opens)
 
 
-def _brackets(total: int) -> NDArray[np.float64]:
-    """Lower edges of the brackets [e, (1 + TOLERANCE) e) of counts up to `total`; small counts are a bracket each."""
-    single = 1 / TOLERANCE
-    geometric = np.arange(np.log(max(total / single, 1)) / TOLERANCE) * np.log1p(TOLERANCE)
-    return np.concatenate([np.arange(1, min(single, total + 1)), single * np.exp(geometric)])
+def _brackets(total: int) -> NDArray[np.int64]:
+    """First counts of the brackets [e, (1 + TOLERANCE) e) up to `total`; small counts are a bracket each."""
+    single, step = 1 / TOLERANCE, np.log1p(TOLERANCE)
+    geometric = single * np.exp(step * np.arange(np.log(max(total / single, 1)) / step))
+    return np.concatenate([np.arange(1, min(single, total + 1)), np.ceil(geometric)]).astype(np.int64)
