@@ -153,7 +153,7 @@ class MoECLIPProcessor(ProcessorMixin):
             `torch.Tensor` of shape (B, H, W), on the benchmark's own scale, which is not 0 to 1.
         """
         summed = ((outputs.anomaly_logits + 1) / 2).sum(dim=1)
-        return _upsample(smooth(summed, domain or self.domain), target_sizes)
+        return upsample(smooth(summed, domain or self.domain), target_sizes)
 
     def post_process_anomaly_detection(
         self,
@@ -166,8 +166,8 @@ class MoECLIPProcessor(ProcessorMixin):
         """
         Read a verdict for each image, from that image and the checkpoint alone.
 
-        Every one of the M maps holds, as trained, a softmax's probability of abnormal; they are smoothed and upsampled as
-        the benchmark's maps are, and averaged. The score is the map's maximum, and in industry its mean with the
+        Every one of the M maps holds, as trained, a softmax's probability of abnormal; they are smoothed and upsampled
+        as the benchmark's maps are, and averaged. The score is the map's maximum, and in industry its mean with the
         probability of abnormal that the image embedding gives, a softmax of its two cosines as trained. The maximum is
         taken over patches, so that a score does not depend on the size of the map.
 
@@ -196,7 +196,7 @@ class MoECLIPProcessor(ProcessorMixin):
         pixel_threshold = self.pixel_threshold if pixel_threshold is None else pixel_threshold
         results = []
         for grid, score, (height, width) in zip(grids, scores.tolist(), target_sizes, strict=True):
-            anomaly_map = _upsample(grid.unsqueeze(0), (int(height), int(width)))[0]
+            anomaly_map = upsample(grid.unsqueeze(0), (int(height), int(width)))[0]
             results.append(
                 {
                     "score": score,
@@ -244,7 +244,7 @@ def find_regions(anomaly_map: torch.Tensor, threshold: float) -> list[dict[str, 
     return sorted(regions, key=lambda region: region["score"], reverse=True)
 
 
-def _upsample(grid: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def upsample(grid: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """(B, h, w) to (B, H, W): bilinear, corners aligned."""
     return F.interpolate(grid.unsqueeze(1), size=tuple(size), mode="bilinear", align_corners=True).squeeze(1)
 
@@ -264,4 +264,4 @@ def _without_crops(image_processor: Any) -> MoECLIPImageProcessor:
     )
 
 
-__all__ = ["MoECLIPProcessor", "blur_matrix", "compose_prompts", "find_regions", "smooth"]
+__all__ = ["MoECLIPProcessor", "blur_matrix", "compose_prompts", "find_regions", "smooth", "upsample"]
