@@ -1,5 +1,6 @@
 """Configuration of a MoECLIP model."""
 
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -24,7 +25,7 @@ def quarters(depth: int) -> list[int]:
     return sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3, 4)})
 
 
-def _is_ascending(values: list[int]) -> bool:
+def _is_ascending(values: Iterable[int]) -> bool:
     return all(a < b for a, b in pairwise(values))
 
 

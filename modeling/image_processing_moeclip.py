@@ -30,7 +30,7 @@ class MoECLIPImageProcessor(BaseImageProcessor):
         image_mean, image_std (`list[float]`, *optional*): per channel; CLIP's by default.
     """
 
-    model_input_names = ("pixel_values",)
+    model_input_names = ["pixel_values"]
 
     def __init__(
         self,
@@ -94,8 +94,8 @@ class MoECLIPImageProcessor(BaseImageProcessor):
     def _resize(self, image: Image.Image, size: dict[str, int]) -> Image.Image:
         if "shortest_edge" in size:
             scale = size["shortest_edge"] / min(image.size)
-            edges = (max(_MIN_GRID, round(edge * scale / self.patch_size)) * self.patch_size for edge in image.size)
-            return image.resize(tuple(edges), Image.Resampling.BICUBIC)
+            edges = [max(_MIN_GRID, round(edge * scale / self.patch_size)) * self.patch_size for edge in image.size]
+            return image.resize((edges[0], edges[1]), Image.Resampling.BICUBIC)
         return image.resize((size["width"], size["height"]), Image.Resampling.BICUBIC)
 
     def _normalise(self, image: Image.Image) -> torch.Tensor:
@@ -186,7 +186,7 @@ def _to_eight_bits(array: np.ndarray) -> np.ndarray:
     return np.rint(array * scale).astype(np.uint8)
 
 
-def _as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
+def _as_list(images: Any) -> list[ImageLike]:
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         return list(images)
     if isinstance(images, (list, tuple)):

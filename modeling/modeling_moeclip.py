@@ -5,6 +5,7 @@ tap and window size), K experts.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ class MoECLIPOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape (), *optional*, with `labels` or `masks`):
             `segmentation + classification + etf_loss_coef * etf + router_aux_loss_coef * balance`.
-        losses (`dict[str, torch.FloatTensor]`, *optional*, with `labels` or `masks`):
+        losses (`dict[str, torch.Tensor]`, *optional*, with `labels` or `masks`):
             The unweighted terms `segmentation` (with `masks`), `classification` (with `labels`), `etf` and `balance`
             (the last two are 0 in eval mode).
         anomaly_logits (`torch.FloatTensor` of shape (B, M, h, w)):
@@ -48,14 +49,14 @@ class MoECLIPOutput(ModelOutput):
             One a MoE layer; the class token comes first.
     """
 
-    loss: torch.FloatTensor | None = None
-    losses: dict[str, torch.FloatTensor] | None = None
-    anomaly_logits: torch.FloatTensor | None = None
-    logits_per_image: torch.FloatTensor | None = None
-    patch_embeds: tuple[torch.FloatTensor, ...] | None = None
-    image_embeds: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    losses: dict[str, torch.Tensor] | None = None
+    anomaly_logits: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    patch_embeds: tuple[torch.Tensor, ...] | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
 
 
 def unit_length(embeds: torch.Tensor) -> torch.Tensor:
@@ -136,12 +137,13 @@ class MoECLIPPatchProjection(nn.Module):
             One (B, N, D) of unit vectors a window size.
         """
         centred = patches - patches.mean(dim=-1, keepdim=True)
-        embeds, projection = [], None
+        embeds = []
         for index, size in enumerate(self.sizes):
-            if projection is None or not self.shared:
-                projection = self.projections[tap if self.shared else tap * len(self.sizes) + index]
-                projected = F.linear(centred * layer_norm.weight, projection.weight)
-                offset = F.linear(layer_norm.bias, projection.weight)
+            if index == 0 or not self.shared:
+                number = tap if self.shared else tap * len(self.sizes) + index
+                weight = self.projections.get_parameter(f"{number}.weight")
+                projected = F.linear(centred * layer_norm.weight, weight)
+                offset = F.linear(layer_norm.bias, weight)
             norm = vector_norm(average_pool(centred, size))
             deviation = (norm.square() / centred.shape[-1] + layer_norm.eps).sqrt()
             normalised = (average_pool(projected, size) / deviation).to(projected.dtype) + offset
@@ -200,12 +202,13 @@ class MoECLIPModel(CLIPModel):
     config: MoECLIPConfig
     base_model_prefix = "moeclip"
     main_input_name = "pixel_values"
-    _no_split_modules = ("CLIPTextEmbeddings", "CLIPEncoderLayer", "MoECLIPVisionEmbeddings", "MoELora")
+    _no_split_modules = ["CLIPTextEmbeddings", "CLIPEncoderLayer", "MoECLIPVisionEmbeddings", "MoELora"]
 
     def __init__(self, config: MoECLIPConfig):
         super().__init__(config)
-        width = config.vision_config.hidden_size
-        self.vision_model.embeddings = MoECLIPVisionEmbeddings(config.vision_config)
+        vision_config: Any = config.vision_config
+        width = vision_config.hidden_size
+        self.vision_model.embeddings = MoECLIPVisionEmbeddings(vision_config)
         self.moe_layers = nn.ModuleList(
             MoELora(
                 width,
@@ -341,14 +344,14 @@ class MoECLIPModel(CLIPModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.FloatTensor | None = None,
-        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        prompt_groups: torch.LongTensor | None = None,
-        prompt_features: torch.FloatTensor | None = None,
-        text_embeds: torch.FloatTensor | None = None,
-        class_index: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        prompt_groups: torch.Tensor | None = None,
+        prompt_features: torch.Tensor | None = None,
+        text_embeds: torch.Tensor | None = None,
+        class_index: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         masks: torch.Tensor | None = None,
         output_router_logits: bool = False,
     ) -> MoECLIPOutput:
@@ -430,12 +433,13 @@ class MoECLIPModel(CLIPModel):
     def _weighted_sum(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
         """L = L_seg + L_ac + the ETF and the balance term by their coefficients."""
         weights = {"etf": self.config.etf_loss_coef, "balance": self.config.router_aux_loss_coef}
-        return sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
+        return torch.stack([weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum()
 
 
-def _init_by_fan_in(module: nn.Linear | nn.Conv1d) -> None:
+def _init_by_fan_in(module: nn.Module) -> None:
     """Draw a weight so that it keeps its input's variance: N(0, 1 / fan-in)."""
-    init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    weight = module.get_parameter("weight")
+    init.normal_(weight, std=weight[0].numel() ** -0.5)
 
 
 def _anchors_of_images(text_embeds: torch.Tensor, class_index: torch.Tensor | None, num_images: int) -> torch.Tensor:

@@ -303,12 +303,12 @@ def record_outputs(model: nn.Module) -> Iterator[list[MoELoraOutput]]:
     # Known by the attribute: the model may come from a repository's own copy of this file, the adapter may not.
     layers = [module for module in model.modules() if "moe_lora_outputs" in vars(module)]
     for layer in layers:
-        layer.moe_lora_outputs = outputs
+        vars(layer)["moe_lora_outputs"] = outputs
     try:
         yield outputs
     finally:
         for layer in layers:
-            layer.moe_lora_outputs = None
+            vars(layer)["moe_lora_outputs"] = None
 
 
 __all__ = [

@@ -186,7 +186,7 @@ class MoECLIPProcessor(ProcessorMixin):
         domain = domain or self.domain
         grids = smooth(outputs.anomaly_logits.sigmoid().mean(dim=1), domain)
         if target_sizes is None:
-            target_sizes = [tuple(grids.shape[-2:])] * len(grids)
+            target_sizes = [(grids.shape[-2], grids.shape[-1])] * len(grids)
         if len(target_sizes) != len(grids):
             raise ValueError(f"There are {len(target_sizes)} target_sizes for {len(grids)} images.")
         scores = grids.flatten(1).amax(dim=1)

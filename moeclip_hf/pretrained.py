@@ -24,9 +24,8 @@ class Pretrained(NamedTuple):
 
 def best_device() -> torch.device:
     """The accelerator, if there is one, or the CPU."""
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator()
-    return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
