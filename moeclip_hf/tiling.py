@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional as F
 
 from moeclip_hf.errors import MoECLIPError
-from moeclip_hf.modeling.processing_moeclip import find_regions
+from moeclip_hf.modeling.processing_moeclip import find_regions, upsample
 from moeclip_hf.pretrained import Pretrained
 
 _MAX_OVERLAP = 0.9
@@ -92,7 +91,7 @@ def detect_in_tiles(
             results = processor.post_process_anomaly_detection(outputs, pixel_threshold=pixel_threshold)
         score = max(score, *(result["score"] for result in results))
         for ((top, row_weights), (left, column_weights)), result in zip(batch, results, strict=True):
-            tile = _enlarge(result["map"], height, width)
+            tile = upsample(result["map"].cpu().unsqueeze(0), (height, width))[0].numpy()
             tile *= row_weights[:, np.newaxis]
             tile *= column_weights
             blended[top : top + height, left : left + width] += tile
@@ -137,7 +136,4 @@ def _blending_weights(length: int, tile: int, overlap: float) -> list[tuple[int,
     return [(start, (window / total[start : start + tile]).astype(np.float32)) for start in starts]
 
 
-def _enlarge(grid: torch.Tensor, height: int, width: int) -> np.ndarray:
-    """(h, w) to (height, width) as maps of whole images are: bilinear, corners aligned."""
-    batch = grid.float().cpu()[None, None]
-    return F.interpolate(batch, size=(height, width), mode="bilinear", align_corners=True)[0, 0].numpy()
+__all__ = ["Tiling", "detect_in_tiles", "tile_starts"]
