@@ -130,13 +130,27 @@ class AnomalyMetrics:
             "pixel_pro": _thinned(pixel.pro()) if pixel else None,
         }
 
+    def image_scores(self) -> NDArray[np.float64]:
+        """The benchmark's image scores, (n,), fused over all that was added and in the order it was added or merged.
+
+        Map maxima, and separately the model's image scores, are min-max scaled over the test set if any value leaves
+        [0, 1]; "industrial" takes the mean of both, "medical" the map maxima.
+        """
+        lows, highs, scores, _ = np.concatenate([np.empty((0, 4)), *self._images]).T
+        if not len(scores):
+            return scores
+        fused = _min_max_scaled(highs, lows.min(), highs.max())
+        if self.domain == "industrial":
+            fused = (fused + _min_max_scaled(scores, scores.min(), scores.max())) / 2
+        return fused
+
     def merge(self, other: "AnomalyMetrics") -> None:
         """Add all that `other` has seen, which keeps what it holds. Raises MoECLIPError if the domains differ."""
         if other.domain != self.domain:
             raise MoECLIPError(f"cannot merge {other.domain} metrics into {self.domain} ones")
         self._normal.merge(other._normal)
         self._anomalous.merge(other._anomalous)
-        self._images.extend(list(other._images))
+        self._images = self._images + other._images
         self.num_regions += other.num_regions
 
     def all_reduce(self) -> None:
@@ -182,10 +196,7 @@ class AnomalyMetrics:
     def _image_ranking(self) -> "_Ranking | None":
         if not self.num_images:
             return None
-        lows, highs, scores, labels = np.concatenate(self._images).T
-        fused = _min_max_scaled(highs, lows.min(), highs.max())
-        if self.domain == "industrial":
-            fused = (fused + _min_max_scaled(scores, scores.min(), scores.max())) / 2
+        fused, labels = self.image_scores(), np.concatenate(self._images)[:, 3]
         normal, anomalous = ScoreHistogram(), ScoreHistogram()
         normal.add(fused[labels == 0])
         anomalous.add(fused[labels == 1])
@@ -259,12 +270,15 @@ def _rank(negatives: ScoreHistogram, positives: ScoreHistogram, num_regions: int
     if table is None or not num_negatives:
         return None
     above, at_or_above = negatives.count_from(table.scores)
+    overlap = None
+    if table.weights is not None:
+        overlap = np.minimum(np.cumsum(table.weights) / num_regions, 1)  # thirds need not add up to 1
     return _Ranking(
         true_positives=np.cumsum(table.pixels),
         false_positives=at_or_above,
         false_positives_above=above,
         negatives=num_negatives,
-        overlap=None if table.weights is None else np.cumsum(table.weights) / num_regions,
+        overlap=overlap,
     )
 
 
@@ -336,5 +350,5 @@ def _binary(values: Any, name: str, shape: tuple[int, ...]) -> NDArray[np.bool_]
         raise DatasetError(f"{name} must be of shape {shape}, to match pixel_scores, not {array.shape}")
     binary = array.astype(bool)
     if array.dtype != bool and not np.array_equal(array, binary):
-        raise DatasetError(f"{name} must hold 0 and 1 only; threshold them first (masks may come as 0 and 255)")
+        raise DatasetError(f"{name} must hold 0 and 1 only; threshold them first")
     return binary

@@ -454,6 +454,13 @@ def test_a_step_right_at_the_limit_adds_no_area():
     assert area_under((x, y), 0.3) == pytest.approx(0.2 * 0.25 + 0.1 * 0.5)
 
 
+def test_perfect_maps_reach_exactly_1():
+    rng = np.random.default_rng(23)
+    masks = random_masks(rng)
+    figures = measured(rng.random(masks.shape) + masks, masks).compute()
+    assert {figures[name] for name in PIXEL_FIGURES} == {1.0}
+
+
 def test_regions_touching_at_a_corner_are_one():
     masks = np.zeros((1, 6, 6), np.uint8)
     masks[0, [1, 2, 5], [1, 2, 5]] = 1
