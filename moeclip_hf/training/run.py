@@ -97,7 +97,6 @@ def training_arguments(output_dir: str | PathLike[str], recipe: Recipe, **settin
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "dataloader_persistent_workers": settings.get("dataloader_num_workers", 2) > 0,
         "ddp_find_unused_parameters": False,
-        "ddp_broadcast_buffers": False,
         "ddp_timeout": 600,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
