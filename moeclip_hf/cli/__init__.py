@@ -8,6 +8,7 @@ from moeclip_hf._version import __version__
 from moeclip_hf.cli.benchmarks import benchmarks
 from moeclip_hf.cli.calibrate import calibrate
 from moeclip_hf.cli.convert import convert
+from moeclip_hf.cli.evaluate import evaluate
 from moeclip_hf.cli.explain import explain
 from moeclip_hf.cli.predict import predict
 from moeclip_hf.cli.train import train
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command()(predict)
 app.command()(explain)
 app.command()(train)
+app.command()(evaluate)
 app.command()(calibrate)
 app.add_typer(benchmarks, name="benchmarks")
 app.add_typer(convert, name="convert")

@@ -1,0 +1,200 @@
+"""The evaluation itself: batches to processes, scores to metrics, and on from where it was interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import distributed
+
+from moeclip_hf.errors import DatasetError
+from moeclip_hf.evaluation.checkpointing import ScoredBatches
+from moeclip_hf.evaluation.results import EvaluationResult, GroupResult
+from moeclip_hf.evaluation.scoring import Batch, ScoredBatch, Size, plan_batches, score_batches
+from moeclip_hf.evaluation.tally import Tally
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from moeclip_hf.pretrained import Pretrained
+
+_DEFAULT_BATCH_SIZE = 8
+
+Item = TypeVar("Item")
+Progress = Callable[[int, int], None]
+
+
+def evaluate(
+    pretrained: Pretrained,
+    rows: Dataset,
+    *,
+    batch_size: int = _DEFAULT_BATCH_SIZE,
+    image_size: int | None = None,
+    resume_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> EvaluationResult:
+    """
+    Evaluate a checkpoint on a data set by the benchmark protocol.
+
+    Images are scored in fixed batches, each of one group and each by one process, whatever their number: so every
+    image is scored exactly once, and one process or several come to the same figures. The figures are those of
+    [`moeclip_hf.metrics.AnomalyMetrics`], a group at a time.
+
+    Args:
+        pretrained ([`Pretrained`]): from [`load_pretrained`].
+        rows: the images of one data set with their masks, from [`moeclip_hf.data.load_data`].
+        batch_size: images computed at once.
+        image_size: edge in pixels that images and masks are resized to; the processor's size by default.
+        resume_dir: where scored batches are kept, so that an interrupted evaluation goes on when it is called again;
+            the caller deletes it in the end. Without it nothing is written.
+        progress: told the number of images scored so far, and their total, in the main process.
+
+    Returns:
+        [`EvaluationResult`], the same in every process.
+
+    Raises:
+        DatasetError: if there are no images, or images of several data sets.
+        UnreadableImageError: naming the first image that cannot be read.
+        MoECLIPError: if `resume_dir` holds an evaluation of other settings.
+    """
+    rank, num_processes = _process()
+    is_main = rank == 0
+    dataset, domain = (_only(rows, column) for column in ("dataset", "domain"))
+    size = _image_size(pretrained, image_size)
+    plan = plan_batches(list(rows["group"]), batch_size)
+    settings = {
+        "image_size": list(size),
+        "batch_size": batch_size,
+        "dtype": str(pretrained.model.dtype).removeprefix("torch."),
+        "device": pretrained.model.device.type,
+        "weights": weights_digest(pretrained),
+        "images": _digest(f"{path} {label} {name}" for path, label, name in _identities(rows)),
+    }
+    kept = ScoredBatches(resume_dir, settings) if resume_dir and is_main else None
+    done: set[int] = _all_gather(kept.numbers() if kept else set())[0]
+    pending = [batch for batch in plan if batch.number not in done]
+    mine = score_batches(pretrained, rows, pending[rank::num_processes], size, domain)
+    scored = _gathered(mine, rounds=-(-len(pending) // num_processes))
+    groups: tuple[GroupResult, ...] = ()
+    if is_main:
+        tally = Tally(list(rows["label"]), size, domain)
+        groups = _count(tally, plan, scored, done, kept, progress)
+    else:
+        deque(scored, maxlen=0)
+    return EvaluationResult(dataset, domain, _all_gather(groups)[0], settings)
+
+
+def _count(
+    tally: Tally,
+    plan: Sequence[Batch],
+    scored: Iterator[ScoredBatch],
+    done: set[int],
+    kept: ScoredBatches | None,
+    progress: Progress | None,
+) -> tuple[GroupResult, ...]:
+    """Take every batch of the plan from where it is, keep the new ones, and count all in order."""
+    images = 0
+    total = sum(len(batch.indices) for batch in plan)
+    with ExitStack() as stack:
+        writer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="writer"))
+        stack.enter_context(tally)
+        writes = []
+        for batch in plan:
+            if kept is not None and batch.number in done:
+                found = kept.load(batch.number)
+            else:
+                found = next(scored)
+                if kept is not None:
+                    writes.append(writer.submit(kept.save, batch.number, found))
+            tally.add(batch, found)
+            images += len(batch.indices)
+            if progress is not None:
+                progress(images, total)
+        for write in writes:
+            write.result()
+        return tally.results()
+
+
+def _gathered(mine: Iterator[ScoredBatch], rounds: int) -> Iterator[ScoredBatch]:
+    """All processes' batches in the plan's order: in each round every process gives one, or none at the end."""
+    for _ in range(rounds):
+        yield from (batch for batch in _all_gather(next(mine, None)) if batch is not None)
+
+
+def join_processes() -> bool:
+    """Join the processes that `accelerate launch` started, if any; whether this is the main or the only one."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return _process()[0] == 0
+
+
+def _process() -> tuple[int, int]:
+    """Rank of this process, and their number."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def _all_gather(item: Item) -> list[Item]:
+    """Every process's item, by rank."""
+    _, num_processes = _process()
+    if num_processes == 1:
+        return [item]
+    items: list[Any] = [None] * num_processes
+    distributed.all_gather_object(items, item)
+    return items
+
+
+def weights_digest(pretrained: Pretrained) -> str:
+    """Tells checkpoints apart, as they are computed with: a digest of all weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(pretrained.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def provenance(pretrained: Pretrained) -> dict[str, Any]:
+    """The model with its revision, the versions of what computed, and the date: what a result belongs to."""
+    from datetime import datetime, timezone
+    from importlib.metadata import version
+
+    config = pretrained.model.config
+    packages = ("moeclip-hf", "torch", "transformers")
+    return {
+        "model": {"name": config.name_or_path, "revision": getattr(config, "_commit_hash", None)},
+        "versions": {name: version(name) for name in packages},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _image_size(pretrained: Pretrained, image_size: int | None) -> Size:
+    size = pretrained.processor.image_processor.size
+    edge = image_size or size.get("shortest_edge")
+    return (edge, edge) if edge else (size["height"], size["width"])
+
+
+def _only(rows: Dataset, column: str) -> Any:
+    values = set(rows[column])
+    if len(values) != 1:
+        what = "no images" if not values else f"images of several kinds of {column}: {', '.join(sorted(values))}"
+        raise DatasetError(f"an evaluation takes the images of one data set; there are {what}")
+    return values.pop()
+
+
+def _identities(rows: Dataset) -> Iterator[tuple[str, int, str]]:
+    yield from zip(rows["image_path"], rows["label"], rows["prompt_name"], strict=True)
+
+
+def _digest(lines: Iterator[str]) -> str:
+    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
