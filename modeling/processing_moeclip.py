@@ -119,22 +119,26 @@ class MoECLIPProcessor(ProcessorMixin):
 
     def _fitting_name(self, name: str) -> str:
         """Cut a class name to the length at which its longest sentence still fits the text tower."""
+        fitting = name
+        # Once more where a word that was cut falls into more pieces than it was part of.
+        while (excess := self._excess_tokens(fitting)) > 0:
+            encoded = self.tokenizer(fitting, add_special_tokens=False, return_offsets_mapping=True)
+            ends = [end for _, end in encoded["offset_mapping"]]
+            fitting = fitting[: min(ends[-excess - 1], len(fitting) - 1)].rstrip() if excess < len(ends) else ""
+            if not fitting:
+                raise ValueError(
+                    f"No class name fits sentences of {self.tokenizer.model_max_length} tokens: {name[:60]!r}."
+                )
+        if fitting != name:
+            logger.warning(f"The class name {name[:60]!r}... is too long for the text tower; read as {fitting!r}.")
+        return fitting
+
+    def _excess_tokens(self, name: str) -> int:
+        """By how many tokens a class name's longest sentence is too long."""
         normal, abnormal = compose_prompts(name)
-        longest = max(len(ids) for ids in self.tokenizer(normal + abnormal)["input_ids"])
-        excess = longest - self.tokenizer.model_max_length
-        if excess <= 0:
-            return name
-        ends = [
-            end
-            for _, end in self.tokenizer(name, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        ]
-        shortened = name[: ends[len(ends) - excess - 1]] if excess < len(ends) else ""
-        if not shortened.strip():
-            raise ValueError(
-                f"No class name fits sentences of {self.tokenizer.model_max_length} tokens: {name[:60]!r}."
-            )
-        logger.warning(f"The class name {name[:60]!r}... is too long for the text tower; read as {shortened!r}.")
-        return shortened
+        return (
+            max(len(ids) for ids in self.tokenizer(normal + abnormal)["input_ids"]) - self.tokenizer.model_max_length
+        )
 
     def post_process_anomaly_maps(
         self, outputs: MoECLIPOutput, target_sizes: tuple[int, int], domain: str | None = None
