@@ -21,13 +21,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import CLIPConfig, CLIPModel
 
 from moeclip_hf import MoECLIPModel, MoECLIPProcessor
 from moeclip_hf.data import load_folder, read_mask
 from moeclip_hf.data.textures.benchmark import write_texture_benchmark
 from moeclip_hf.metrics import AnomalyMetrics
-from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT
+from moeclip_hf.pretrained import load_pretrained
 from moeclip_hf.training import MoECLIPTrainer, Recipe, TrainingSamples, get_recipe, start_model, training_arguments
 
 IMAGE_SIZE = 112
@@ -77,23 +76,6 @@ def recipe_of(variant: str, steps: int, batch_size: int) -> Recipe:
     )
 
 
-def write_bare_clip(folder: Path) -> None:
-    """The CLIP within the embedded checkpoint, with its tokenizer."""
-    embedded = MoECLIPModel.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.float32)
-    config = embedded.config
-    clip = CLIPModel(
-        CLIPConfig(
-            text_config=config.text_config.to_dict(),
-            vision_config=config.vision_config.to_dict(),
-            projection_dim=config.projection_dim,
-        )
-    )
-    state = embedded.state_dict()
-    clip.load_state_dict({name: state[name] for name in clip.state_dict()})
-    clip.save_pretrained(folder)
-    MoECLIPProcessor.from_pretrained(EMBEDDED_CHECKPOINT).tokenizer.save_pretrained(folder)
-
-
 @torch.no_grad()
 def score(model: MoECLIPModel, processor: MoECLIPProcessor, rows: Any) -> dict[str, float]:
     """Mean over the classes of the benchmark's figures."""
@@ -122,7 +104,7 @@ def mean_figures(metrics: Any) -> dict[str, float]:
 
 
 @torch.no_grad()
-def score_plain_clip(clip: CLIPModel, processor: MoECLIPProcessor, rows: Any) -> dict[str, float]:
+def score_plain_clip(clip: MoECLIPModel, processor: MoECLIPProcessor, rows: Any) -> dict[str, float]:
     """
     CLIP without adaptation: patches behind the post-layernorm and the visual projection, by their cosines to the same
     sentences behind the text projection, a softmax of the two cosines times 100; the image score is the class token's.
@@ -154,7 +136,7 @@ def score_plain_clip(clip: CLIPModel, processor: MoECLIPProcessor, rows: Any) ->
 def run(variant: str, seed: int, steps: int, batch_size: int, folder: Path) -> dict[str, Any]:
     """Train one model and score it."""
     recipe = recipe_of(variant, steps, batch_size)
-    model, processor = start_model(folder / "clip", recipe, seed)
+    model, processor = start_model("embedded", recipe, seed, fresh=True)
     args = training_arguments(
         folder / "run",
         recipe,
@@ -220,7 +202,6 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="experts-"))
     try:
         if not args.table:
-            write_bare_clip(folder / "clip")
             write_texture_benchmark(folder / "seen", SEEN, normal=11, anomalous=33, size=IMAGE_SIZE, seed=0)
             write_texture_benchmark(folder / "unseen", UNSEEN, normal=11, anomalous=22, size=IMAGE_SIZE, seed=1)
             for seed in args.seeds:
@@ -229,9 +210,8 @@ def main() -> None:
                     if (variant, seed, steps) in done:
                         continue
                     if variant == "plain-clip":
-                        _, processor = start_model(folder / "clip", get_recipe("paper"))
-                        clip = CLIPModel.from_pretrained(folder / "clip").eval()
-                        figures = score_plain_clip(clip, processor, load_folder(folder / "unseen"))
+                        model, processor = load_pretrained(device="cpu", dtype="float32")
+                        figures = score_plain_clip(model, processor, load_folder(folder / "unseen"))
                         result = {"variant": variant, "seed": seed, "steps": 0, "trained": figures}
                     else:
                         result = run(variant, seed, args.steps, args.batch_size, folder)

@@ -64,8 +64,9 @@ def train(
     split: Annotated[str, typer.Option(help="Part of the data; the method trains on test images.")] = "test",
     classes: Annotated[str | None, typer.Option(help="Names, with commas.", show_default="all")] = None,
     clip: Annotated[
-        str, typer.Option(help="Plain CLIP, or a MoECLIP to go on from: folder or Hub id.")
+        str, typer.Option(help="Plain CLIP, or a MoECLIP to go on from: folder, Hub id or embedded.")
     ] = "openai/clip-vit-large-patch14-336",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Of a MoECLIP take the CLIP alone.")] = False,
     recipe: Annotated[RecipeName, typer.Option(help="See docs/training.md.")] = RecipeName.paper,
     num_epochs: Annotated[float | None, _recipe("Passes over the data.")] = None,
     batch_size: Annotated[int | None, _recipe("Images a process and step.")] = None,
@@ -144,7 +145,7 @@ def train(
     )
     rows = load_data(dataset, data_dir, split, classes.split(",") if classes else None)
     model, processor = start_model(
-        clip, chosen, seed, image_size, **{name: given[name] for name in _MODEL_SETTINGS & given.keys()}
+        clip, chosen, seed, image_size, fresh, **{name: given[name] for name in _MODEL_SETTINGS & given.keys()}
     )
     run_training(model, processor, rows, chosen, args, resume)
     if args.process_index == 0:

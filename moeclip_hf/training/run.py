@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer, ProgressCallback, TrainingArguments, set_seed
+from transformers import AutoTokenizer, PreTrainedConfig, ProgressCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from moeclip_hf.errors import CheckpointError, MoECLIPError
@@ -13,11 +13,12 @@ from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
 from moeclip_hf.modeling.image_processing_moeclip import MoECLIPImageProcessor
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
+from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT
 from moeclip_hf.training.curves import draw_training_curves
 from moeclip_hf.training.monitor import ProgressBar
 from moeclip_hf.training.recipes import Recipe, apply_recipe, draw_experts
 from moeclip_hf.training.samples import TrainingSamples
-from moeclip_hf.training.trainer import MoECLIPTrainer
+from moeclip_hf.training.trainer import MoECLIPTrainer, own_weights
 
 if TYPE_CHECKING:
     import datasets
@@ -26,17 +27,23 @@ CURVES_FILE = "training_curves.png"
 
 
 def start_model(
-    clip: str | PathLike[str], recipe: Recipe, seed: int = 0, image_size: int | None = None, **config: Any
+    clip: str | PathLike[str],
+    recipe: Recipe,
+    seed: int = 0,
+    image_size: int | None = None,
+    fresh: bool = False,
+    **config: Any,
 ) -> tuple[MoECLIPModel, MoECLIPProcessor]:
     """
     A MoECLIP that starts from a plain CLIP as a recipe tells, or goes on from a MoECLIP checkpoint.
 
     Args:
-        clip: a folder or a Hub id.
+        clip: a folder or a Hub id; "embedded" for the checkpoint that comes with the package.
         recipe ([`Recipe`]): what it sets of the model goes before what the checkpoint says.
         seed (`int`): of the new parts.
         image_size (`int`, *optional*): pixels that images are resized to; by default 518 for a CLIP of patch 14 and
             336 pixels, as the method does, and any other checkpoint's own size.
+        fresh (`bool`): of a MoECLIP checkpoint take the CLIP alone, and draw the rest anew.
         config: other fields of `MoECLIPConfig`, such as `num_experts`.
 
     Returns:
@@ -45,35 +52,48 @@ def start_model(
     Raises:
         CheckpointError: it cannot be loaded, or lacks weights of its CLIP.
     """
-    source = str(clip)
+    source = str(EMBEDDED_CHECKPOINT) if clip == "embedded" else str(clip)
     set_seed(seed)
     try:
         settings = apply_recipe(MoECLIPConfig.from_pretrained(source, **config), recipe)
-        model, report = MoECLIPModel.from_pretrained(
-            source, config=settings, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        loaded: Any = MoECLIPModel.from_pretrained(
+            source,
+            config=settings,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=fresh,
+            output_loading_info=True,
         )
         processor = _load_processor(source, settings, image_size)
     except Exception as error:  # whatever a missing, foreign or damaged checkpoint leads to
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{source}: cannot be loaded to train on: {reason}") from error
-    lacking = sorted(key for key in report["missing_keys"] if key.startswith(("text_model.", "vision_model.")))
+    model, report = loaded
+    own = own_weights(model)
+    lacking = sorted(set(report["missing_keys"]) - own)
     if lacking:
         raise CheckpointError(f"{source}: lacks {len(lacking)} of CLIP's weights ({lacking[0]}, ...).")
-    if any(key.startswith("moe_layers.") for key in report["missing_keys"]):
+    if fresh:
+        set_seed(seed)
+        clip_weights = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
+        model = MoECLIPModel(settings)
+        model.load_state_dict(clip_weights, strict=False)
+    if fresh or any(name.startswith("moe_layers.") for name in report["missing_keys"]):
         draw_experts(model, recipe, seed)
     return model, processor
 
 
 def _load_processor(source: str, config: MoECLIPConfig, image_size: int | None) -> MoECLIPProcessor:
-    """The checkpoint's own processor where it is MoECLIP's; for a plain CLIP, its tokenizer with images uncropped."""
+    """A MoECLIP's own processor; for a plain CLIP, its tokenizer, and images without crops."""
     vision: Any = config.vision_config
-    if image_size is not None:
+    stored, _ = PreTrainedConfig.get_config_dict(source)
+    if image_size is None and stored["model_type"] == config.model_type:
+        return MoECLIPProcessor.from_pretrained(source)
+    if image_size is None:
+        images = MoECLIPImageProcessor.for_clip(vision.image_size, vision.patch_size)
+    else:
         size = {"height": image_size, "width": image_size}
         images = MoECLIPImageProcessor(size=size, patch_size=vision.patch_size)
-    elif Path(source, "processor_config.json").exists():
-        return MoECLIPProcessor.from_pretrained(source)
-    else:
-        images = MoECLIPImageProcessor.for_clip(vision.image_size, vision.patch_size)
     return MoECLIPProcessor(image_processor=images, tokenizer=AutoTokenizer.from_pretrained(source))
 
 

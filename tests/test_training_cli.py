@@ -1,0 +1,67 @@
+"""`moeclip train` and examples/train.py."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import write_folder, write_plain_clip
+from typer.testing import CliRunner
+
+from moeclip_hf.cli import app
+from moeclip_hf.errors import MoECLIPError
+from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
+from moeclip_hf.training import get_recipe, start_model
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "train.py"
+
+
+def test_command_trains_from_a_plain_clip_to_a_usable_checkpoint(tmp_path, tokenizer):
+    clip, data, output = (
+        write_plain_clip(tmp_path / "clip", tokenizer),
+        write_folder(tmp_path / "data"),
+        tmp_path / "out",
+    )
+    options = ["--dataset", data, "--clip", clip, "--output-dir", output, "--num-epochs", "1", "--batch-size", "6",
+               "--halve-at", "2,3", "--num-experts", "2", "--moe-layers", "1,7", "--no-augment", "--image-size", "24",
+               "--num-workers", "0", "--tracker", "tensorboard", "--cpu"]  # fmt: skip
+    result = CliRunner().invoke(app, ["train", *map(str, options)])
+    assert result.exit_code == 0, result.output
+    assert f"--model {output}" in result.output
+    model, processor = load_pretrained(output, device="cpu")
+    assert (model.config.num_experts, model.config.moe_layers) == (2, [1, 7])
+    assert processor.image_processor.size == {"height": 24, "width": 24}
+    recipe = json.loads((output / "recipe.json").read_text())
+    assert (recipe["halve_at"], recipe["augment"], recipe["batch_size"]) == ([2, 3], False, 6)
+    assert list(output.rglob("events.out.tfevents*"))
+
+
+def test_errors_are_one_line_and_status_1_and_wrong_usage_is_status_2(tmp_path):
+    def run(*options):
+        return subprocess.run(
+            [sys.executable, EXAMPLE, *options, "--output-dir", tmp_path], capture_output=True, text=True, check=False
+        )
+
+    missing = run("--dataset", str(tmp_path / "no" / "data"))
+    assert missing.returncode == 1
+    assert missing.stderr.strip().splitlines()[-1].startswith("train.py: no such folder")
+    assert "Traceback" not in missing.stderr
+    assert run("--dataset", "x", "--recipe", "papers").returncode == 2
+    with pytest.raises(MoECLIPError, match=r"halve_at \('2;3'\) must be whole numbers"):
+        CliRunner().invoke(
+            app, ["train", "--dataset", "x", "--output-dir", "y", "--halve-at", "2;3"], catch_exceptions=False
+        )
+
+
+def test_fresh_start_keeps_the_clip_of_a_moeclip_and_nothing_else():
+    stored = load_file(EMBEDDED_CHECKPOINT / "model.safetensors")
+    model, _ = start_model("embedded", get_recipe("paper"), fresh=True, num_experts=3)
+    own = ("moe_layers.", "text_adapter.", "patch_projection.", "depthwise_adapter.")
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(own):
+            assert torch.equal(tensor, stored[name].float()), name
+    assert model.moe_layers[0].lora_B.shape[0] == 3
+    assert not torch.equal(model.text_adapter.projection.weight, stored["text_adapter.projection.weight"].float())
