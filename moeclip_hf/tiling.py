@@ -88,7 +88,7 @@ def detect_in_tiles(
         with torch.inference_mode():
             outputs = model(pixel_values.to(model.device, model.dtype), text_embeds=anchors)
             # Without a size of its own, a tile's map is its grid of patches.
-            results = processor.post_process_anomaly_detection(outputs, pixel_threshold=pixel_threshold)
+            results = processor.post_process_anomaly_detection(outputs)
         score = max(score, *(result["score"] for result in results))
         for ((top, row_weights), (left, column_weights)), result in zip(batch, results, strict=True):
             tile = upsample(result["map"].cpu().unsqueeze(0), (height, width))[0].numpy()
