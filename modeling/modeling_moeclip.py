@@ -141,7 +141,7 @@ class MoECLIPPatchProjection(nn.Module):
         for index, size in enumerate(self.sizes):
             if index == 0 or not self.shared:
                 number = tap if self.shared else tap * len(self.sizes) + index
-                weight = self.projections.get_parameter(f"{number}.weight")
+                weight: Any = self.projections[number].weight
                 projected = F.linear(centred * layer_norm.weight, weight)
                 offset = F.linear(layer_norm.bias, weight)
             norm = vector_norm(average_pool(centred, size))
@@ -438,7 +438,7 @@ class MoECLIPModel(CLIPModel):
 
 def _init_by_fan_in(module: nn.Module) -> None:
     """Draw a weight so that it keeps its input's variance: N(0, 1 / fan-in)."""
-    weight = module.get_parameter("weight")
+    weight: Any = module.weight
     init.normal_(weight, std=weight[0].numel() ** -0.5)
 
 
