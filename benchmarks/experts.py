@@ -46,6 +46,7 @@ SPEEDUP = 4
 # Every variant changes the literal recipe of the paper; `expert_speed` is the experts' learning rate over the others'.
 VARIANTS: dict[str, dict[str, Any]] = {
     "literal": {},
+    "no experts": {"residual_weight": 0.0},
     "B": {"expert_std": 0.02},
     "B, G": {"expert_std": 0.02, "router_std": 0.02},
     "B, G, expert lr x 3": {"expert_std": 0.02, "router_std": 0.02, "expert_speed": 3},

@@ -65,3 +65,11 @@ def test_fresh_start_keeps_the_clip_of_a_moeclip_and_nothing_else():
             assert torch.equal(tensor, stored[name].float()), name
     assert model.moe_layers[0].lora_B.shape[0] == 3
     assert not torch.equal(model.text_adapter.projection.weight, stored["text_adapter.projection.weight"].float())
+
+
+def test_tracker_that_is_not_installed_is_named_before_the_run(tmp_path, tokenizer, monkeypatch):
+    clip, data = write_plain_clip(tmp_path / "clip", tokenizer), write_folder(tmp_path / "data")
+    monkeypatch.setattr("moeclip_hf.training.run.find_spec", lambda package: None if package == "trackio" else True)
+    options = ["--dataset", data, "--clip", clip, "--output-dir", tmp_path / "out", "--tracker", "trackio", "--cpu"]
+    with pytest.raises(MoECLIPError, match="trackio is not installed, and this run needs it"):
+        CliRunner().invoke(app, ["train", *map(str, options)], catch_exceptions=False)

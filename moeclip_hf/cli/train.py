@@ -102,7 +102,7 @@ def train(
     save_steps: Annotated[int, _run("Steps between checkpoints.", min=1)] = 500,
     save_total_limit: Annotated[int, _run("Checkpoints that are kept.", min=1)] = 2,
     logging_steps: Annotated[int, _run("Steps between logs.", min=1)] = 10,
-    tracker: Annotated[Tracker, _run("Where curves are sent.")] = Tracker.none,
+    tracker: Annotated[Tracker, _run("Where curves are sent.")] = Tracker.tensorboard,
     num_workers: Annotated[int, _run("Processes that read images, a training process.", min=0)] = 2,
     cpu: Annotated[bool, _run("Leave accelerators alone.", "--cpu")] = False,
     gradient_accumulation_steps: Annotated[int, _precision("Batches a step.", min=1)] = 1,

@@ -1,5 +1,6 @@
 """A training run from a plain CLIP and a data set to a complete checkpoint."""
 
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,8 +152,10 @@ def train(
         The output folder, which `from_pretrained` now reads.
 
     Raises:
-        MoECLIPError: the output folder holds checkpoints of a run that is not resumed; or data or settings do not fit.
+        MoECLIPError: the output folder holds checkpoints of a run that is not resumed; data or settings do not fit;
+            or a package is missing.
     """
+    _check_installed(["matplotlib", *(args.report_to or ())])
     output_dir = Path(str(args.output_dir))
     checkpoint = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
     if checkpoint and not resume:
@@ -166,3 +169,10 @@ def train(
     if trainer.is_world_process_zero():
         draw_training_curves(trainer.state.log_history, output_dir / CURVES_FILE)
     return output_dir
+
+
+def _check_installed(packages: list[str]) -> None:
+    """Refuse before a run what would fail at its end."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise MoECLIPError(f"{missing[0]} is not installed, and this run needs it: pip install {missing[0]}")
