@@ -216,15 +216,16 @@ def _markdown(results: Sequence[EvaluationResult], provenance: Mapping[str, Any]
         f"normal/anomalous; {UNDEFINED} is undefined or not published.",
     ]
     if len(results) > 1:
-        parts.append(_markdown_table(summary_table(results)))
+        parts.append(markdown_table(summary_table(results)))
     for result in results:
-        parts += [f"## {result.dataset} ({result.domain})", _markdown_table(dataset_table(result))]
+        parts += [f"## {result.dataset} ({result.domain})", markdown_table(dataset_table(result))]
         if note := caveat(result):
             parts.append(note)
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(rows: list[list[str]]) -> str:
+def markdown_table(rows: list[list[str]]) -> str:
+    """A table of Markdown; the first row is the heading."""
     heading, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
