@@ -61,6 +61,7 @@ def test_fresh_start_keeps_the_clip_of_a_moeclip_and_nothing_else():
     model, _ = start_model("embedded", get_recipe("paper"), fresh=True, num_experts=3)
     own = ("moe_layers.", "text_adapter.", "patch_projection.", "depthwise_adapter.")
     for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.float32, name
         if not name.startswith(own):
             assert torch.equal(tensor, stored[name].float()), name
     assert model.moe_layers[0].lora_B.shape[0] == 3

@@ -77,7 +77,8 @@ def start_model(
     if fresh:
         set_seed(seed)
         clip_weights = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
-        model = MoECLIPModel(settings)
+        # The towers are built in the type that the checkpoint is stored in.
+        model = MoECLIPModel(settings).float()
         model.load_state_dict(clip_weights, strict=False)
     if fresh or any(name.startswith("moe_layers.") for name in report["missing_keys"]):
         draw_experts(model, recipe, seed)
