@@ -12,6 +12,7 @@ from pathlib import Path
 from moeclip_hf.data import load_data
 from moeclip_hf.evaluation import evaluate, write_reports
 from moeclip_hf.evaluation.protocol import join_processes, provenance
+from moeclip_hf.evaluation.results import dataset_table
 from moeclip_hf.pretrained import load_pretrained
 
 
@@ -30,8 +31,8 @@ def main() -> None:
     result = evaluate(pretrained, rows, batch_size=args.batch_size)
     if is_main:
         write_reports([result], provenance(pretrained), args.output_dir)
-        for group in result.groups:
-            print(f"{group.group:<24} image AUROC {group.metrics['image_auroc']}, AP {group.metrics['image_ap']}")
+        for cells in dataset_table(result):
+            print(" ".join(f"{cell:>13}" for cell in cells))
         print(f"Written to {args.output_dir}")
 
 
