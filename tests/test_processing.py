@@ -11,8 +11,10 @@ from tiny_models import tiny_model
 from torch.nn import functional as F
 
 from moeclip_hf import MoECLIPImageProcessor, MoECLIPOutput, MoECLIPProcessor
+from moeclip_hf.data import BENCHMARKS
 from moeclip_hf.modeling.image_processing_moeclip import open_image, to_rgb
 from moeclip_hf.modeling.processing_moeclip import blur_matrix, compose_prompts, find_regions
+from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,14 @@ def test_a_name_too_long_is_cut_and_said_and_keeps_the_words_that_tell_abnormal(
     assert "too long" in caplog.text
     decoded = processor.tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
     assert decoded[-1].replace(" ", "").endswith("withdamage.")
+
+
+def test_a_word_that_is_cut_may_fall_into_more_tokens():
+    processor = MoECLIPProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
+    limit = processor.tokenizer.model_max_length
+    for benchmark in BENCHMARKS.values():
+        for name in benchmark.classes.values():
+            assert processor(text=[name], return_tensors="pt")["input_ids"].shape[1] <= limit, name
 
 
 def test_an_empty_name_is_refused_with_the_remedy(processor):
