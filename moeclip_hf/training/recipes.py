@@ -6,7 +6,7 @@ starts them at zero as the paper writes, from where they do not. `released` is w
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -54,15 +54,25 @@ class Recipe:
     router_aux_loss_coef: float = 0.01
     lora_dropout: float = 0.05
     residual_weight: float = 0.1
-    hidden_act: str | None = field(default=None)
+    hidden_act: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "batch_size", "adam_epsilon"):
             if getattr(self, name) <= 0:
                 raise MoECLIPError(f"{name} ({getattr(self, name)}) must be more than 0.")
-        for name in ("learning_rate", "expert_learning_rate", "warmup_steps", "max_grad_norm", "expert_std"):
+        for name in (
+            "learning_rate",
+            "expert_learning_rate",
+            "warmup_steps",
+            "max_grad_norm",
+            "expert_std",
+            "router_std",
+        ):
             if getattr(self, name) < 0:
                 raise MoECLIPError(f"{name} ({getattr(self, name)}) must be 0 or more.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise MoECLIPError(f"{name} ({getattr(self, name)}) must lie between 0 and 1.")
 
     def learning_rate_factor(self, step: int) -> float:
         """What both learning rates are multiplied with in a step, counted from 0."""

@@ -34,6 +34,9 @@ TRAINED_WEIGHTS = "trained.safetensors"
 
 RECIPE_FILE = "recipe.json"
 
+# What a resumed run may do otherwise: train for longer, and spread a step's images over other processes.
+_MAY_CHANGE = ("num_epochs", "batch_size")
+
 _STAGING = ".staging"
 
 
@@ -90,6 +93,7 @@ class MoECLIPTrainer(Trainer):
         if len(samples) < step_size:
             raise MoECLIPError(f"a step takes {step_size} images and there are {len(samples)}: lower the batch size.")
         self.recipe = recipe
+        self.settings = describe_recipe(recipe) | {"seed": args.seed, "images_per_step": step_size}
         # Not the trainer's own `processing_class`, whose special tokens it would write into the model's configuration.
         self.processor = processor
         self.sampler = EpochSampler(len(samples), args.seed)
@@ -211,6 +215,7 @@ class MoECLIPTrainer(Trainer):
                 target = self.output_dir / written.name
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(written, target)
+                _sync(self.output_dir)
         if self.args.should_save:
             rotate_checkpoints(str(self.output_dir), self.args.save_total_limit)
 
@@ -230,12 +235,13 @@ class MoECLIPTrainer(Trainer):
             if self.args.should_save:
                 self.moeclip.save_pretrained(staging, state_dict=state)
                 self.processor.save_pretrained(staging)
-                _write_json(staging / RECIPE_FILE, describe_recipe(self.recipe))
+                _write_json(staging / RECIPE_FILE, self.settings)
                 _write_through(staging)
                 target.mkdir(parents=True, exist_ok=True)
                 # The configuration last: without it the folder is no checkpoint.
                 for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
                     os.replace(file, target / file.name)
+                _sync(target)
 
     def _state_dict(self) -> dict[str, torch.Tensor]:
         if self.is_fsdp_enabled:
@@ -249,7 +255,7 @@ class MoECLIPTrainer(Trainer):
         weights = {name: state[name].detach().cpu().contiguous() for name in self.own_weights}
         save_file(weights, folder / TRAINED_WEIGHTS, metadata={"format": "pt"})
         self.processor.save_pretrained(folder)
-        _write_json(folder / RECIPE_FILE, describe_recipe(self.recipe))
+        _write_json(folder / RECIPE_FILE, self.settings)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load MoECLIP's own parts; refuse a checkpoint of another recipe."""
@@ -259,8 +265,8 @@ class MoECLIPTrainer(Trainer):
             saved = json.loads((folder / RECIPE_FILE).read_text())
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: cannot be resumed from: {error}") from error
-        for name, value in describe_recipe(self.recipe).items():
-            if name != "num_epochs" and saved.get(name) != value:
+        for name, value in self.settings.items():
+            if name not in _MAY_CHANGE and saved.get(name) != value:
                 raise CheckpointError(f"{folder}: was trained with {name} {saved.get(name)}, not {value}.")
         if set(weights) != self.own_weights:
             odd = sorted(set(weights) ^ self.own_weights)
@@ -309,6 +315,10 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 def _write_through(folder: Path) -> None:
     """Have all files of a folder on the disk, so that no power cut leaves a name without its contents."""
     for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
