@@ -238,6 +238,7 @@ def test_mistakes_are_named_before_anything_is_scored(benchmarks, tmp_path, monk
     error = run("--dataset", "btad,mvtek", "--data-dir", benchmarks, *out).exception
     assert isinstance(error, DatasetError)
     assert "did you mean 'mvtec'" in str(error)
+    assert "one by one" in str(run("--dataset", "btad,BTAD", "--data-dir", benchmarks, *out).exception)
     monkeypatch.setattr("moeclip_hf.evaluation.pictures.find_spec", lambda name: None)
     assert "need matplotlib" in str(run("--dataset", "btad", "--data-dir", benchmarks, *out).exception)
     assert not (tmp_path / "out").exists()

@@ -108,6 +108,7 @@ def _read_data_sets(
 ) -> dict[str, Dataset]:
     """The data sets by name, all of them read before the first is evaluated."""
     from moeclip_hf.data import BENCHMARKS, load_data
+    from moeclip_hf.errors import DatasetError
 
     wanted: list[Any] = [data_dir] if dataset is None else dataset.split(",")
     if dataset == "all":
@@ -115,7 +116,10 @@ def _read_data_sets(
     data_sets = {}
     for source in wanted:
         rows = load_data(source, data_dir, classes=classes.split(",") if classes else None, domain=domain)
-        data_sets[rows[0]["dataset"]] = rows
+        name = next(iter(rows["dataset"]))
+        if name in data_sets:
+            raise DatasetError(f"{source}: a data set named {name} is evaluated already: evaluate them one by one")
+        data_sets[name] = rows
     return data_sets
 
 

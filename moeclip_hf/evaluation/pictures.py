@@ -26,10 +26,10 @@ _EDGE = 256
 _DPI = 110
 
 _KINDS: dict[str, tuple[int, Callable[[Heat], float]]] = {
-    "anomalous, missed: the lowest scores": (1, lambda heat: heat.score),
-    "normal, false alarms: the highest scores": (0, lambda heat: -heat.score),
-    "anomalous, found: the highest scores": (1, lambda heat: -heat.score),
-    "normal, passed: the lowest scores": (0, lambda heat: heat.score),
+    "anomalous, lowest scores": (1, lambda heat: heat.score),
+    "normal, highest scores": (0, lambda heat: -heat.score),
+    "anomalous, highest scores": (1, lambda heat: -heat.score),
+    "normal, lowest scores": (0, lambda heat: heat.score),
 }
 
 
