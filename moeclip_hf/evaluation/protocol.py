@@ -51,7 +51,7 @@ def evaluate(
         pretrained ([`Pretrained`]): from [`load_pretrained`].
         rows: the images of one data set with their masks, from [`moeclip_hf.data.load_data`].
         batch_size: images computed at once.
-        image_size: edge in pixels of the squares that images and masks are resized to; by default the processor's size.
+        image_size: edge in pixels of the square that images and masks fill; by default the processor's size.
         resume_dir: where scored batches are kept, so that an interrupted evaluation goes on when it is called again;
             the caller deletes it in the end. Without it nothing is written.
         progress: told the number of images scored so far, and their total, in the main process.
