@@ -1,0 +1,454 @@
+"""Ablations as one command: variants of MoECLIP trained over seeds, as tables and a picture beside the paper's.
+
+    python -m examples.ablation --clip openai/clip-vit-large-patch14-336
+    python -m examples.ablation --clip DIR_OR_ID --train-dir visa --test-dir mvtec headct --data-dir /data
+    python -m examples.ablation --clip embedded --variants full K=1,2,8 k=1 r=4 --steps 500
+
+Every variant is trained on one data set, and evaluated on others by the benchmark protocol. What is done is kept in
+runs.jsonl and not done again; a training that was cut short goes on. docs/ablation.md tells what is varied.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+from torch import nn
+from transformers.utils import logging
+
+from benchmarks.experts import SEEN, UNSEEN
+from moeclip_hf import MoECLIPConfig, MoECLIPModel
+from moeclip_hf.data import ABLATION, ABLATION_BENCHMARKS, EXPERT_SIMILARITY, load_data
+from moeclip_hf.data.textures import write_texture_benchmark
+from moeclip_hf.errors import CheckpointError, MoECLIPError
+from moeclip_hf.evaluation import evaluate
+from moeclip_hf.evaluation.protocol import provenance
+from moeclip_hf.evaluation.results import METRICS, UNDEFINED, markdown_table, mean_metrics
+from moeclip_hf.modeling.moe_lora import MoELora, MoELoraOutput, expert_codes, expert_gram
+from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
+from moeclip_hf.training import RECIPES, Recipe, get_recipe, start_model, train, training_arguments
+from moeclip_hf.training.recipes import apply_recipe
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The paper's model, written out so that K=4 is found to be the full model and not trained once more.
+FULL: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "lora_rank": 8,
+    "use_fofs": True,
+    "aggregation_sizes": [1, 3, 5],
+}
+# What a variant changes of the full model, or of the recipe.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "no-fofs": {"use_fofs": False},
+    "no-etf": {"etf_loss_coef": 0.0},
+    "no-fofs-no-etf": {"use_fofs": False, "etf_loss_coef": 0.0},
+    "no-paa": {"aggregation_sizes": [1]},
+}
+SWEEPS = {"K": "num_experts", "k": "num_experts_per_tok", "r": "lora_rank"}
+DEFAULT_VARIANTS = (*VARIANTS, "K=1", "K=2", "K=4", "K=8")
+
+# The paper's rows of a variant: in its ablation, and among its cosines.
+PAPER_ROWS = {
+    "full": ("full", "with FOFS and ETF"),
+    "no-fofs": ("without FOFS", None),
+    "no-etf": ("without ETF", "with FOFS"),
+    "no-fofs-no-etf": ("without FOFS and ETF", "plain mixture"),
+    "no-paa": ("without PAA", None),
+}
+
+TEXTURE_SIZE = 256
+SEEN_TEXTURES, UNSEEN_TEXTURES = "textures of 14 families", "textures of 10 other families"
+
+COSINE = "expert_cosine"
+FIGURES = {name: METRICS[name] for name in ("image_auroc", "pixel_auroc", "pixel_ap", "pixel_aupro")}
+FIGURES[COSINE] = "expert cosine"
+PUBLISHED = ("image_auroc", "pixel_auroc", COSINE)
+
+
+def variant_names(text: str) -> list[str]:
+    """A variant, or the variants of a sweep: `K=1,2,8` is `K=1`, `K=2` and `K=8`."""
+    if text in VARIANTS:
+        return [text]
+    if sweep := re.fullmatch(r"([Kkr])=(\d+(?:,\d+)*)", text):
+        return [f"{sweep[1]}={int(number)}" for number in sweep[2].split(",")]
+    raise argparse.ArgumentTypeError(f"no variant '{text}'; there are {', '.join(VARIANTS)}, and K=N, k=N, r=N")
+
+
+def changes_of(variant: str) -> dict[str, Any]:
+    """What a variant changes, by the names of `MoECLIPConfig` and `Recipe`."""
+    if variant in VARIANTS:
+        return VARIANTS[variant]
+    letter, number = variant.split("=")
+    changes = {SWEEPS[letter]: int(number)}
+    if letter == "K":
+        changes["num_experts_per_tok"] = min(FULL["num_experts_per_tok"], int(number))
+    return changes
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One training and its evaluation: all that decides what it comes to.
+
+    Args:
+        clip: a CLIP, or a MoECLIP of which the CLIP alone is taken: folder, Hub id or "embedded".
+        train: the data to train on, as `load_data` takes it.
+        test: the data to evaluate on.
+        recipe ([`Recipe`])
+        model: fields of `MoECLIPConfig`.
+        steps: of training; the recipe's epochs if `None`.
+        seed: of everything random.
+    """
+
+    clip: str
+    train: str
+    test: tuple[str, ...]
+    recipe: Recipe
+    model: dict[str, Any]
+    steps: int | None
+    seed: int
+
+    @classmethod
+    def of(cls, variant: str, seed: int, args: argparse.Namespace) -> "Run":
+        """The run of a variant and a seed under the settings of the command line."""
+        model = FULL | changes_of(variant)
+        given = {"batch_size": args.batch_size, "etf_loss_coef": model.pop("etf_loss_coef", None)}
+        recipe = get_recipe(args.recipe, **{name: value for name, value in given.items() if value is not None})
+        return cls(args.clip, args.train_dir, tuple(args.test_dir), recipe, model, args.steps, seed)
+
+    @property
+    def key(self) -> str:
+        return key_of(asdict(self))
+
+
+def key_of(settings: Mapping[str, Any]) -> str:
+    """A name that tells runs of other settings apart; the same for a `Run` as a dict and for what JSON makes of it."""
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def check_runs(runs: Mapping[str, Run]) -> None:
+    """
+    Refuse what cannot be trained before hours are spent on what can.
+
+    Args:
+        runs: one a variant, by its name.
+
+    Raises:
+        CheckpointError: there is no such CLIP.
+        MoECLIPError: a variant does not fit it.
+    """
+    for variant, run in runs.items():
+        source = EMBEDDED_CHECKPOINT if run.clip == "embedded" else run.clip
+        try:
+            apply_recipe(MoECLIPConfig.from_pretrained(source, **run.model), run.recipe)
+        except OSError as error:
+            raise CheckpointError(f"{run.clip}: no CLIP can be read: {' '.join(str(error).split())}") from error
+        except ValueError as error:
+            raise MoECLIPError(f"variant {variant}: {error}") from error
+
+
+@contextmanager
+def watched_cosines(model: MoECLIPModel) -> Iterator[dict[int, list[float]]]:
+    """
+    Measure how alike the experts answer, in all forward passes of the block.
+
+    Yields:
+        a list a mixture of experts, by its block counted from 1: for every image, the mean cosine between the outputs
+        of two experts, chosen or not, over pairs and patches. It stays empty for a single expert.
+    """
+    cosines: dict[int, list[float]] = {block + 1: [] for block in model.config.moe_layers}
+
+    def watch(block: int) -> Callable[..., None]:
+        def measure(experts: MoELora, inputs: tuple[Any, ...], output: MoELoraOutput) -> None:
+            if (num_experts := model.config.num_experts) > 1:
+                codes = expert_codes(inputs[0][:, 1:], experts.lora_A)
+                gram = expert_gram(codes, experts.lora_B).mean(dim=1)
+                pairs = gram.sum(dim=(1, 2)) - gram.diagonal(dim1=1, dim2=2).sum(dim=1)
+                cosines[block] += (pairs / (num_experts * (num_experts - 1))).tolist()
+
+        return measure
+
+    layers: nn.ModuleList = model.moe_layers
+    with ExitStack() as hooks:
+        for block, experts in zip(cosines, layers, strict=True):
+            hooks.callback(experts.register_forward_hook(watch(block)).remove)
+        yield cosines
+
+
+def execute(run: Run, train_rows: Any, test_rows: Sequence[Any], folder: Path) -> dict[str, Any]:
+    """Train a model, or go on with what `folder` holds of it, and evaluate it; figures from 0 to 1, cosines to -1."""
+    if not (folder / "config.json").exists():  # written last: with it the model is whole
+        model, processor = start_model(run.clip, run.recipe, run.seed, fresh=True, **run.model)
+        args = training_arguments(
+            folder, run.recipe, max_steps=run.steps or -1, seed=run.seed, save_total_limit=1, disable_tqdm=False
+        )
+        train(model, processor, train_rows, run.recipe, args, resume=True)
+    pretrained = load_pretrained(folder, dtype=torch.float32)
+    with watched_cosines(pretrained.model) as cosines:
+        results = [evaluate(pretrained, rows) for rows in test_rows]
+    by_block = {f"{COSINE}_block_{block}": mean(images) if images else None for block, images in cosines.items()}
+    defined = [cosine for cosine in by_block.values() if cosine is not None]
+    figures = mean_metrics([result.metrics for result in results])
+    return {
+        "run": asdict(run),
+        "figures": figures | {COSINE: mean(defined) if defined else None} | by_block,
+        "datasets": {result.dataset: result.metrics for result in results},
+        **provenance(pretrained),
+    }
+
+
+def read_done(path: Path) -> dict[str, dict[str, Any]]:
+    """
+    What earlier calls have done, by the key of its run.
+
+    Raises:
+        MoECLIPError: a line is damaged.
+    """
+    done = {}
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            result = json.loads(line)
+            done[key_of(result["run"])] = result
+        except (ValueError, KeyError, TypeError) as error:
+            raise MoECLIPError(f"{path}: line {number} is damaged: delete it, and its run is done again.") from error
+    return done
+
+
+def paper_figures(variant: str) -> dict[str, float]:
+    """The paper's figures of a variant, AUROC from 0 to 1; none where it has none."""
+    if variant not in PAPER_ROWS:
+        return {}
+    name, cosine = PAPER_ROWS[variant]
+    row = next(row for row in ABLATION if row.variant == name)
+    figures = {name: round(getattr(row, name) / 100, 4) for name in ("image_auroc", "pixel_auroc")}
+    return figures if cosine is None else figures | {COSINE: EXPERT_SIMILARITY[cosine]}
+
+
+def summarise(variant: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and sample standard deviation of every figure over the seeds; None where undefined."""
+    values: dict[str, list[float]] = {
+        name: [value for result in results if (value := result["figures"][name]) is not None]
+        for name in results[0]["figures"]
+    }
+    return {
+        "variant": variant,
+        "seeds": [result["run"]["seed"] for result in results],
+        "mean": {name: mean(of_seeds) if of_seeds else None for name, of_seeds in values.items()},
+        "std": {name: stdev(of_seeds) if len(of_seeds) > 1 else None for name, of_seeds in values.items()},
+        "values": {name: values[name] for name in FIGURES},
+        "paper": paper_figures(variant),
+    }
+
+
+def _cell(name: str, value: float | None, deviation: float | None = None) -> str:
+    if value is None:
+        return UNDEFINED
+    scale, digits = (1, 3) if name.startswith(COSINE) else (100, 1)
+    spread = "" if deviation is None else f" ± {scale * deviation:.{digits}f}"
+    return f"{scale * value:.{digits}f}{spread}"
+
+
+def figure_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """A row a variant, the paper's figures last; AUROC, AP and AUPRO in percent. The first row is the heading."""
+    table = [["variant", "seeds", *FIGURES.values(), *(f"paper: {FIGURES[name]}" for name in PUBLISHED)]]
+    for row in rows:
+        measured = [_cell(name, row["mean"][name], row["std"][name]) for name in FIGURES]
+        paper = [_cell(name, row["paper"].get(name)) for name in PUBLISHED]
+        table.append([row["variant"], str(len(row["seeds"])), *measured, *paper])
+    return table
+
+
+def cosine_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Cosines between experts, a row a variant and a column a block. The first row is the heading."""
+    names = [name for name in rows[0]["mean"] if name.startswith(f"{COSINE}_block_")]
+    table = [["variant", *(f"block {name.rsplit('_', 1)[1]}" for name in names)]]
+    for row in rows:
+        table.append([row["variant"], *(_cell(name, row["mean"][name], row["std"][name]) for name in names)])
+    return table
+
+
+def write_reports(rows: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]], output_dir: Path) -> None:
+    """Write ablation.json, ablation.csv, ablation.md and ablation.png."""
+    document = {"variants": rows, "runs": results}
+    (output_dir / "ablation.json").write_text(json.dumps(document, indent=2) + "\n")
+    with (output_dir / "ablation.csv").open("w", newline="", encoding="utf-8") as file:
+        names = list(rows[0]["mean"])
+        writer = csv.writer(file)
+        heads = [f"{name}_{statistic}" for name in names for statistic in ("mean", "std")]
+        writer.writerow(["variant", "seeds", *heads, *(f"{name}_paper" for name in FIGURES)])
+        for row in rows:
+            figures = [row[statistic][name] for name in names for statistic in ("mean", "std")]
+            paper = [row["paper"].get(name) for name in FIGURES]
+            writer.writerow([row["variant"], len(row["seeds"]), *figures, *paper])
+    (output_dir / "ablation.md").write_text(_markdown(rows, results[0]["run"]), encoding="utf-8")
+    draw(rows).savefig(output_dir / "ablation.png", dpi=110)
+
+
+def _markdown(rows: Sequence[dict[str, Any]], run: Mapping[str, Any]) -> str:
+    length = f"{run['steps']} steps" if run["steps"] else f"{run['recipe']['num_epochs']:g} epochs"
+    parts = [
+        "# Ablation",
+        f"The CLIP {run['clip']}, trained on {run['train']} for {length} of {run['recipe']['batch_size']} images; "
+        f"evaluated on {', '.join(run['test'])}. Means ± standard deviations over seeds; AUROC, AP and AUPRO in "
+        f"percent, cosines from -1 to 1; {UNDEFINED} is undefined or not published.",
+        markdown_table(figure_table(rows)),
+        f"The paper's AUROC are means over {', '.join(ABLATION_BENCHMARKS)}. Beside figures of other data only the "
+        f"differences between rows compare.",
+        "## Mean cosine between the outputs of two experts, by block",
+        markdown_table(cosine_table(rows)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(rows: Sequence[dict[str, Any]]) -> "Figure":
+    """
+    Draw a panel a figure and a bar a variant: how far its mean lies from the first variant's, and the cosine as it is.
+
+    Seeds are dots; those of the first variant show how much is chance. Diamonds are the paper's.
+
+    Returns:
+        `matplotlib.figure.Figure`
+    """
+    from matplotlib.figure import Figure
+
+    first = rows[0]
+    shown = [name for name in FIGURES if any(row["mean"][name] is not None for row in rows)]
+    figure = Figure(figsize=(2 + 2.7 * len(shown), 1.9 + 0.36 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, shown, strict=True):
+        if name == COSINE:
+            axes.set(title=FIGURES[name], xlabel="mean over test images")
+            _draw_bars(axes, name, rows, 1, 0, 0)
+        else:
+            title = f"{FIGURES[name]}\n{first['variant']}: {_cell(name, first['mean'][name], first['std'][name])}"
+            axes.set(title=title, xlabel=f"percentage points from {first['variant']}")
+            _draw_bars(axes, name, rows, 100, first["mean"][name], first["paper"].get(name))
+    panels[0].set_yticks(range(len(rows)), [row["variant"] for row in rows])
+    panels[0].invert_yaxis()
+    marks = {label: mark for axes in panels for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=len(marks))
+    return figure
+
+
+def _draw_bars(
+    axes: "Axes", name: str, rows: Sequence[dict[str, Any]], scale: float, origin: float, paper_origin: float | None
+) -> None:
+    """One figure of all rows, `scale` times their distance from an origin; the paper's from the paper's."""
+    means = {place: row["mean"][name] for place, row in enumerate(rows) if row["mean"][name] is not None}
+    axes.barh(list(means), [scale * (value - origin) for value in means.values()], height=0.7, color="#9ab8d6",
+              label="mean over seeds")  # fmt: skip
+    seeds = [(scale * (value - origin), place) for place, row in enumerate(rows) for value in row["values"][name]]
+    axes.plot(*zip(*seeds, strict=True), "o", color="#1f3b57", markersize=4, alpha=0.7, label="a seed")
+    if paper_origin is not None:
+        paper = [
+            (scale * (row["paper"][name] - paper_origin), place)
+            for place, row in enumerate(rows)
+            if name in row["paper"]
+        ]
+        axes.plot(*zip(*paper, strict=True), "D", color="#d1495b", markersize=7, fillstyle="none", label="the paper's")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.grid(axis="x", alpha=0.3)
+    axes.margins(x=0.1)
+
+
+def render_textures(folder: Path) -> dict[str, Path]:
+    """Textures to train on, and others of families that are not among them, rendered once; their folders by name."""
+    rendered = {SEEN_TEXTURES: folder / "seen", UNSEEN_TEXTURES: folder / "unseen"}
+    for seed, (target, families) in enumerate(zip(rendered.values(), (SEEN, UNSEEN), strict=True)):
+        if not target.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+                whole = Path(unfinished, target.name)
+                write_texture_benchmark(whole, families, normal=11, anomalous=22, size=TEXTURE_SIZE, seed=seed)
+                whole.rename(target)
+    return rendered
+
+
+def report(runs: Mapping[str, Sequence[Run]], done: Mapping[str, dict[str, Any]], output_dir: Path) -> list[list[str]]:
+    """Write what is done of the planned runs as tables and a picture; returns the table."""
+    of_variants = {
+        variant: [done[run.key] for run in of_variant if run.key in done] for variant, of_variant in runs.items()
+    }
+    rows = [summarise(variant, results) for variant, results in of_variants.items() if results]
+    write_reports(rows, [result for results in of_variants.values() for result in results], output_dir)
+    return figure_table(rows)
+
+
+def ablate(args: argparse.Namespace) -> None:
+    """Do the runs that are not done, and write the reports after each."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    variants = list(dict.fromkeys(chain.from_iterable(args.variants)))
+    runs = {variant: [Run.of(variant, seed, args) for seed in args.seeds] for variant in variants}
+    check_runs({variant: of_variant[0] for variant, of_variant in runs.items()})
+    sources = [args.train_dir, *args.test_dir]
+    rendered = render_textures(args.output_dir / "textures") if {SEEN_TEXTURES, UNSEEN_TEXTURES} & {*sources} else {}
+    train_rows, *test_rows = (load_data(rendered.get(source, source), args.data_dir) for source in sources)
+    done = read_done(args.output_dir / "runs.jsonl")
+
+    # Seed by seed, so that what is done at any time compares.
+    planned = [(variant, runs[variant][number]) for number in range(len(args.seeds)) for variant in variants]
+    for variant, run in planned:
+        if run.key not in done:
+            Console().print(f"{variant}, seed {run.seed}")
+            folder = args.output_dir / f"unfinished-{run.key}"
+            done[run.key] = execute(run, train_rows, test_rows, folder)
+            with (args.output_dir / "runs.jsonl").open("a") as file:
+                file.write(json.dumps({"variant": variant} | done[run.key]) + "\n")
+            shutil.rmtree(folder)
+            report(runs, done, args.output_dir)
+    heading, *body = (row[: -len(PUBLISHED)] for row in report(runs, done, args.output_dir))
+    table = Table(*(Column(name, no_wrap=not number) for number, name in enumerate(heading)), title="ablation")
+    for row in body:
+        table.add_row(*row)
+    Console().print(table)
+    Console().print(f"All tables, and the picture: {args.output_dir}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = "folder, benchmark, index file or Hub data set"
+    parser.add_argument("--clip", required=True, help="CLIP, or a MoECLIP for its CLIP: folder, Hub id or embedded")
+    parser.add_argument("--train-dir", metavar="DATA", default=SEEN_TEXTURES,
+                        help=f"{data}, with masks; %(default)s, rendered, by default")  # fmt: skip
+    parser.add_argument("--test-dir", metavar="DATA", nargs="+", default=[UNSEEN_TEXTURES],
+                        help=f"{data}; figures are means over all of them; {UNSEEN_TEXTURES} by default")  # fmt: skip
+    parser.add_argument("--data-dir", type=Path, help="folder that holds the benchmarks that are named")
+    variants = f"{', '.join(VARIANTS)}, K=1,2,8, k=1, r=4; the picture compares with the first"
+    parser.add_argument("--variants", nargs="+", type=variant_names, default=[list(DEFAULT_VARIANTS)],
+                        metavar="NAME", help=variants)  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="of every training; the recipe's epochs by default")
+    parser.add_argument("--batch-size", type=int, help="the recipe's by default")
+    parser.add_argument("--recipe", choices=RECIPES, default="paper")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/ablation"))
+    args = parser.parse_args()
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        ablate(args)
+    except MoECLIPError as error:
+        sys.exit(f"ablation.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
