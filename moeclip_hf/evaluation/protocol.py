@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import distributed
 
+from moeclip_hf._version import __version__
 from moeclip_hf.errors import DatasetError
 from moeclip_hf.evaluation.checkpointing import ScoredBatches
 from moeclip_hf.evaluation.results import EvaluationResult, GroupResult
@@ -76,6 +77,8 @@ def evaluate(
         "device": pretrained.model.device.type,
         "weights": weights_digest(pretrained),
         "images": _digest(f"{path} {label} {name}" for path, label, name in _identities(rows)),
+        "moeclip-hf": __version__,
+        "torch": torch.__version__,
     }
     kept = ScoredBatches(resume_dir, settings) if resume_dir and is_main else None
     done: set[int] = _all_gather(kept.numbers() if kept else set())[0]
