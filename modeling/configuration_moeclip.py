@@ -120,6 +120,15 @@ class MoECLIPConfig(CLIPConfig):
         # Here too, so that it is a plain ValueError; `strict` wraps what it runs itself.
         self.validate_architecture()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; settings in `kwargs` are checked, and followed by the defaults that depend on them."""
+        settings = {name: kwargs.pop(name) for name in cls.__annotations__ if name in kwargs}
+        taps = config_dict.get("feature_layers")
+        if "feature_layers" in settings and taps and config_dict.get("image_feature_layer") == taps[-1]:
+            settings.setdefault("image_feature_layer", None)
+        return super().from_dict({**config_dict, **settings}, **kwargs)
+
     def validate_architecture(self) -> None:
         """Refuse settings that contradict each other; part of the validation that `strict` runs."""
         super().validate_architecture()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, load_image
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 ImageLike = Image.Image | np.ndarray | torch.Tensor | str | Path
 
@@ -16,6 +16,8 @@ ImageLike = Image.Image | np.ndarray | torch.Tensor | str | Path
 _METHOD_SIZE = 518
 _MIN_GRID = 3
 _SIXTEEN_TO_EIGHT_BITS = 257
+# How far resampling leads floats beyond their range of 0 to 1.
+_OVERSHOOT = 0.25
 
 
 class MoECLIPImageProcessor(BaseImageProcessor):
@@ -41,8 +43,8 @@ class MoECLIPImageProcessor(BaseImageProcessor):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.size = _checked_size(size or {"height": _METHOD_SIZE, "width": _METHOD_SIZE})
         self.patch_size = patch_size
+        self.size = _checked_size(_METHOD_SIZE if size is None else size, patch_size)
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
 
@@ -60,17 +62,16 @@ class MoECLIPImageProcessor(BaseImageProcessor):
     def preprocess(
         self,
         images: ImageLike | Sequence[ImageLike],
-        size: dict[str, int] | None = None,
+        size: dict[str, int] | int | None = None,
         return_tensors: str | None = None,
-        **kwargs: Any,
     ) -> BatchFeature:
         """
         Prepare images for the model.
 
         Args:
-            images: one image or several: PIL images of any mode, paths or URLs, arrays or tensors (H x W, H x W x C or
-                C x H x W; integers span their type's range, floats 0 to 1).
-            size (`dict[str, int]`, *optional*): instead of the processor's own.
+            images: one image or several: PIL images of any mode, paths, arrays or tensors (H x W, H x W x C or
+                C x H x W; uint16 spans 16 bits, other integers 8, floats 0 to 1).
+            size (`dict[str, int]`, *optional*): instead of the processor's own; a number is that of both edges.
             return_tensors (`str`, *optional*): `"pt"`, `"np"` or `None` (a list of arrays).
 
         Returns:
@@ -79,7 +80,7 @@ class MoECLIPImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: for what cannot be read as an image, or where images of unlike shapes keep their aspect ratios.
         """
-        size = self.size if size is None else _checked_size(size)
+        size = self.size if size is None else _checked_size(size, self.patch_size)
         pixels = [self._normalise(self._resize(to_rgb(image), size)) for image in _as_list(images)]
         if return_tensors is None:
             return BatchFeature({"pixel_values": [image.numpy() for image in pixels]})
@@ -120,8 +121,10 @@ def open_image(path: str | Path) -> Image.Image:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file.") from None
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: too many pixels to be read safely ({error}).") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"{path}: {error} If you trust it, cut it into parts or raise PIL.Image.MAX_IMAGE_PIXELS."
+        ) from error
+    except Exception as error:  # decoders raise whatever a damaged file leads them to
         raise ValueError(f"{path}: cannot be read as an image ({error}).") from error
 
 
@@ -135,19 +138,20 @@ def to_rgb(image: ImageLike) -> Image.Image:
     Raises:
         ValueError: for what is no image, or holds values outside its range.
     """
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
-        return load_image(image)
     if isinstance(image, (str, Path)):
         image = open_image(image)
     if isinstance(image, torch.Tensor):
-        image = image.detach().cpu().numpy()
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
     if isinstance(image, np.ndarray):
         image = _from_array(image)
     if not isinstance(image, Image.Image):
         raise ValueError(f"A {type(image).__name__} is no image: pass a PIL image, a path, an array or a tensor.")
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode.startswith("I"):
+        image = _from_array(np.array(image).astype(np.uint16))
+    elif image.mode == "F":
         image = _from_array(np.array(image))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -167,7 +171,12 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def _to_eight_bits(array: np.ndarray) -> np.ndarray:
-    """Bring an array's values to 0 to 255."""
+    """
+    Bring an array's values to 0 to 255.
+
+    The type tells the range, not the values: uint16 spans 16 bits, other integers 8. Floats span 0 to 1, over which
+    resampling may shoot by a little, or 0 to 255 where they go beyond that.
+    """
     if array.dtype == np.uint8:
         return array
     if array.dtype == bool:
@@ -175,15 +184,16 @@ def _to_eight_bits(array: np.ndarray) -> np.ndarray:
     low, high = float(array.min()), float(array.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("An image holds NaN or infinite values.")
-    if np.issubdtype(array.dtype, np.floating):
-        scale, top = (255.0, 1.0) if high <= 1 else (1.0, 255.0)
-    else:
-        scale, top = (1.0, 255.0) if high <= 255 else (1 / _SIXTEEN_TO_EIGHT_BITS, 65535.0)
     if array.dtype == np.uint16:
-        scale, top = 1 / _SIXTEEN_TO_EIGHT_BITS, 65535.0
-    if low < 0 or high > top:
-        raise ValueError(f"An image of {array.dtype} values spans {low:g} to {high:g}: it must lie in 0 to {top:g}.")
-    return np.rint(array * scale).astype(np.uint8)
+        return np.rint(array / _SIXTEEN_TO_EIGHT_BITS).astype(np.uint8)
+    if np.issubdtype(array.dtype, np.floating) and low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT:
+        return np.rint(array.clip(0, 1) * 255).astype(np.uint8)
+    if low < 0 or high > 255:
+        raise ValueError(
+            f"An image of {array.dtype} values spans {low:g} to {high:g}: it must lie in 0 to 255, or in 0 to 1 if "
+            "of floating-point numbers; 16 bits take uint16."
+        )
+    return np.rint(array).astype(np.uint8)
 
 
 def _as_list(images: Any) -> list[ImageLike]:
@@ -196,9 +206,13 @@ def _as_list(images: Any) -> list[ImageLike]:
     return [images]
 
 
-def _checked_size(size: dict[str, int]) -> dict[str, int]:
-    if set(size) not in ({"height", "width"}, {"shortest_edge"}) or any(int(edge) < 1 for edge in size.values()):
+def _checked_size(size: Any, patch_size: int) -> dict[str, int]:
+    if isinstance(size, int):
+        size = {"height": size, "width": size}
+    if not isinstance(size, dict) or set(size) not in ({"height", "width"}, {"shortest_edge"}):
         raise ValueError(f'size must be {{"height": h, "width": w}} or {{"shortest_edge": n}} in pixels, not {size}.')
+    if any(int(edge) < patch_size for edge in size.values()):
+        raise ValueError(f"size {size} is smaller than a patch of {patch_size} pixels.")
     return {name: int(edge) for name, edge in size.items()}
 
 

@@ -92,7 +92,8 @@ class MoECLIPVisionEmbeddings(CLIPVisionEmbeddings):
 
     def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
         grid = height // self.patch_size, width // self.patch_size
-        return interpolate_position_embeddings(self.position_embedding.weight, *grid).unsqueeze(0)
+        own_grid = self.position_embedding(self.position_ids)[0]  # called, so that hooks may bring the weight along
+        return interpolate_position_embeddings(own_grid, *grid).unsqueeze(0)
 
 
 class MoECLIPTextAdapter(nn.Module):
@@ -113,6 +114,7 @@ class MoECLIPPatchProjection(nn.Module):
     def __init__(self, config: MoECLIPConfig):
         super().__init__()
         self.sizes = config.aggregation_sizes
+        self.norm_eps = config.vision_config.layer_norm_eps
         self.shared = config.shared_projections
         num_projections = len(config.feature_layers) if self.shared else config.num_maps
         self.projections = nn.ModuleList(
@@ -121,7 +123,9 @@ class MoECLIPPatchProjection(nn.Module):
         )
         self.activation = nn.LeakyReLU(0.01) if config.projection_activation else nn.Identity()
 
-    def forward(self, patches: torch.Tensor, tap: int, layer_norm: nn.LayerNorm) -> list[torch.Tensor]:
+    def forward(
+        self, patches: torch.Tensor, normalised: torch.Tensor, norm_bias: torch.Tensor, tap: int
+    ) -> list[torch.Tensor]:
         """
         Embed one tap's patches at every window size.
 
@@ -130,24 +134,31 @@ class MoECLIPPatchProjection(nn.Module):
 
         Args:
             patches (`torch.Tensor`): (B, h, w, d), a tap without its class token.
+            normalised (`torch.Tensor`): (B, h, w, d), the same behind CLIP's post-layernorm.
+            norm_bias (`torch.Tensor`): (d,), what the post-layernorm makes of zeros.
             tap (`int`): the tap's place among the feature layers, from 0.
-            layer_norm (`nn.LayerNorm`): CLIP's post-layernorm.
 
         Returns:
             One (B, N, D) of unit vectors a window size.
         """
         centred = patches - patches.mean(dim=-1, keepdim=True)
+
+        def deviation(size: int) -> torch.Tensor:
+            norm = vector_norm(average_pool(centred, size))
+            return (norm.square() / centred.shape[-1] + self.norm_eps).sqrt()
+
+        own_deviation = deviation(1)
         embeds = []
         for index, size in enumerate(self.sizes):
             if index == 0 or not self.shared:
-                number = tap if self.shared else tap * len(self.sizes) + index
-                weight: Any = self.projections[number].weight
-                projected = F.linear(centred * layer_norm.weight, weight)
-                offset = F.linear(layer_norm.bias, weight)
-            norm = vector_norm(average_pool(centred, size))
-            deviation = (norm.square() / centred.shape[-1] + layer_norm.eps).sqrt()
-            normalised = (average_pool(projected, size) / deviation).to(projected.dtype) + offset
-            embeds.append(unit_length(self.activation(normalised)).flatten(1, 2))
+                project = self.projections[tap if self.shared else tap * len(self.sizes) + index]
+                projected, offset = project(normalised), project(norm_bias)
+                scaled = (projected - offset) * own_deviation
+            if size == 1:
+                pooled = projected
+            else:
+                pooled = (average_pool(scaled, size) / deviation(size)).to(projected.dtype) + offset
+            embeds.append(unit_length(self.activation(pooled)).flatten(1, 2))
         return embeds
 
 
@@ -372,11 +383,20 @@ class MoECLIPModel(CLIPModel):
             output_router_logits (`bool`): also return the routers' logits.
             return_dict (`bool`, *optional*): `False` for a tuple.
 
+        Hidden states and attentions of single blocks are not returned; the two towers return theirs.
+
         Returns:
             [`MoECLIPOutput`]
         """
         if pixel_values is None:
             raise ValueError("pixel_values is missing: pass on all that the processor returns for `images`.")
+        patch_size: Any = self.config.vision_config.patch_size
+        grid = pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
+        if not all(grid):
+            raise ValueError(
+                f"Images of {tuple(pixel_values.shape[-2:])} pixels hold no patch of {patch_size} pixels."
+            )
+        _check_targets(len(pixel_values), labels, masks)
         if text_embeds is None:
             if input_ids is None and prompt_features is None:
                 raise ValueError("Pass either input_ids with prompt_groups (sentences) or text_embeds (anchors).")
@@ -388,15 +408,18 @@ class MoECLIPModel(CLIPModel):
         with_targets = labels is not None or masks is not None
         taps, adapted = self._encode_patches(pixel_values, output_losses=with_targets and self.training)
 
-        patch_size = self.config.vision_config.patch_size
-        grid = pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
-        layer_norm = self.vision_model.post_layernorm
+        # Modules are called, not read: hooks may have to bring their weights from elsewhere.
+        post_layernorm = self.vision_model.post_layernorm
+        normalised = {layer: post_layernorm(tap) for layer, tap in taps.items()}
+        norm_bias = post_layernorm(torch.zeros_like(taps[self.config.image_feature_layer][0, 0]))
         patch_embeds = [
             embeds
             for tap, layer in enumerate(self.config.feature_layers)
-            for embeds in self.patch_projection(taps[layer].unflatten(1, grid), tap, layer_norm)
+            for embeds in self.patch_projection(
+                taps[layer].unflatten(1, grid), normalised[layer].unflatten(1, grid), norm_bias, tap
+            )
         ]
-        image_embeds = self.depthwise_adapter(layer_norm(taps[self.config.image_feature_layer]))
+        image_embeds = self.depthwise_adapter(normalised[self.config.image_feature_layer])
 
         anchors = anchors.to(image_embeds.device, torch.promote_types(image_embeds.dtype, torch.float32))
         direction = (anchors[:, 1] - anchors[:, 0]).unsqueeze(-1)
@@ -436,6 +459,17 @@ class MoECLIPModel(CLIPModel):
         return torch.stack([weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum()
 
 
+def _check_targets(num_images: int, labels: torch.Tensor | None, masks: torch.Tensor | None) -> None:
+    """Refuse labels and masks that torch would broadcast over images they do not belong to."""
+    if labels is not None and labels.shape != (num_images,):
+        raise ValueError(f"labels {tuple(labels.shape)} must be ({num_images},), one an image.")
+    if masks is None:
+        return
+    shape = tuple(masks.shape)
+    if shape[0] != num_images or not (len(shape) == 3 or (len(shape) == 4 and shape[1] == 1)):
+        raise ValueError(f"masks {shape} must be ({num_images}, H, W) or ({num_images}, 1, H, W).")
+
+
 def _init_by_fan_in(module: nn.Module) -> None:
     """Draw a weight so that it keeps its input's variance: N(0, 1 / fan-in)."""
     weight: Any = module.weight
@@ -447,6 +481,11 @@ def _anchors_of_images(text_embeds: torch.Tensor, class_index: torch.Tensor | No
     if text_embeds.dim() != 3 or text_embeds.shape[1] != 2:
         raise ValueError(f"text_embeds {tuple(text_embeds.shape)} must be (classes, 2, width): [normal, abnormal].")
     if class_index is not None:
+        if class_index.shape != (num_images,) or not ((class_index >= 0) & (class_index < len(text_embeds))).all():
+            raise ValueError(
+                f"class_index {class_index.tolist()} must name one of {len(text_embeds)} classes, from 0, for each of "
+                f"{num_images} images."
+            )
         return text_embeds[class_index.to(text_embeds.device)]
     if len(text_embeds) not in (1, num_images):
         raise ValueError(

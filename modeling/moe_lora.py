@@ -50,11 +50,11 @@ def fofs_projection(num_features: int, num_experts: int, rank: int, generator: t
             f"rank ({rank}) exceeds the {num_features // num_experts} features that each of num_experts "
             f"({num_experts}) gets of {num_features}."
         )
-    projection = torch.zeros(num_experts, rank, num_features)
+    projection = torch.zeros(num_experts, rank, num_features, dtype=torch.float32)
     start = 0
     for expert, chunk in enumerate(torch.arange(num_features).tensor_split(num_experts)):
         stop = start + len(chunk)
-        gaussian = torch.randn(len(chunk), rank, generator=generator)
+        gaussian = torch.randn(len(chunk), rank, generator=generator, dtype=torch.float32)
         projection[expert, :, start:stop] = torch.linalg.qr(gaussian).Q.T
         start = stop
     return projection

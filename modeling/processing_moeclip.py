@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import BatchFeature
+from transformers import BatchFeature, CLIPConfig
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
@@ -52,7 +52,7 @@ class MoECLIPProcessor(ProcessorMixin):
     Prepares images and class names for [`MoECLIPModel`], and reads its outputs.
 
     Args:
-        image_processor ([`MoECLIPImageProcessor`]): that of a plain CLIP is replaced by one without crops.
+        image_processor ([`MoECLIPImageProcessor`]): `from_pretrained` of a plain CLIP makes one without its crops.
         tokenizer ([`~transformers.CLIPTokenizer`])
         domain (`str`): `"industrial"` or `"medical"`; how strongly maps are smoothed and how scores are made.
         image_threshold (`float`): a score from here on is a verdict of anomalous, 0 to 1.
@@ -69,19 +69,37 @@ class MoECLIPProcessor(ProcessorMixin):
         pixel_threshold: float = 0.5,
         **kwargs: Any,
     ):
-        if image_processor is not None and not hasattr(image_processor, "patch_size"):
-            image_processor = _without_crops(image_processor)
         self.domain = _checked_domain(domain)
         self.image_threshold = image_threshold
         self.pixel_threshold = pixel_threshold
         super().__init__(image_processor, tokenizer, **kwargs)
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: Any = None, **kwargs: Any
+    ) -> list[Any]:
+        """As in transformers; the image processor of a plain CLIP, which crops, is replaced by one that fits it."""
+        image_processor, tokenizer = super()._get_arguments_from_pretrained(
+            pretrained_model_name_or_path, processor_dict, **kwargs
+        )
+        if not hasattr(image_processor, "patch_size"):
+            where = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
+            vision: Any = CLIPConfig.from_pretrained(pretrained_model_name_or_path, **where).vision_config
+            image_processor = MoECLIPImageProcessor.for_clip(
+                vision.image_size,
+                vision.patch_size,
+                image_mean=image_processor.image_mean,
+                image_std=image_processor.image_std,
+            )
+        return [image_processor, tokenizer]
 
     def __call__(
         self,
         images: ImageLike | Sequence[ImageLike] | None = None,
         text: str | Sequence[str] | None = None,
         return_tensors: str | None = None,
-        **kwargs: Any,
+        size: dict[str, int] | int | None = None,
+        padding: bool | str = True,
     ) -> BatchFeature:
         """
         Prepare a model's inputs.
@@ -91,7 +109,8 @@ class MoECLIPProcessor(ProcessorMixin):
             text (`str` or `list[str]`): class names such as "metal nut"; "object" serves when none is known. A name
                 too long for the text tower is cut, with a warning.
             return_tensors (`str`, *optional*): `"pt"`, `"np"` or `None`.
-            kwargs: passed to the image processor, such as `size`.
+            size (`dict[str, int]`, *optional*): that images are resized to, instead of the image processor's own.
+            padding (`bool` or `str`): of sentences; `"max_length"` pads them to the text tower's length.
 
         Returns:
             `BatchFeature`: `pixel_values` (B, 3, H, W) of the images; of the text `input_ids` and `attention_mask`
@@ -101,20 +120,24 @@ class MoECLIPProcessor(ProcessorMixin):
             raise ValueError("Pass images, text (class names) or both.")
         data: dict[str, Any] = {}
         if images is not None:
-            data.update(self.image_processor(images, return_tensors=return_tensors, **kwargs))
+            data.update(self.image_processor(images, return_tensors=return_tensors, size=size))
         if text is not None:
-            data.update(self._encode_class_names([text] if isinstance(text, str) else list(text)))
+            data.update(self._encode_class_names([text] if isinstance(text, str) else list(text), padding))
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _encode_class_names(self, class_names: list[str]) -> dict[str, Any]:
+    def _encode_class_names(self, class_names: list[str], padding: bool | str) -> dict[str, Any]:
+        if not class_names:
+            raise ValueError('There is no class name: use "object" when none is known.')
         sentences, groups = [], []
         for index, name in enumerate(class_names):
+            if not isinstance(name, str) or not name.isprintable():
+                raise ValueError(f"A class name is a printable text, not {name!r}.")
             if not name.strip():
                 raise ValueError('A class name is empty: use "object" when none is known.')
             for is_abnormal, prompts in enumerate(compose_prompts(self._fitting_name(name.strip()))):
                 sentences += prompts
                 groups += [2 * index + is_abnormal] * len(prompts)
-        encoded = self.tokenizer(sentences, padding=True)
+        encoded = self.tokenizer(sentences, padding=padding)
         return {**{key: encoded[key] for key in ("input_ids", "attention_mask")}, "prompt_groups": groups}
 
     def _fitting_name(self, name: str) -> str:
@@ -136,9 +159,8 @@ class MoECLIPProcessor(ProcessorMixin):
     def _excess_tokens(self, name: str) -> int:
         """By how many tokens a class name's longest sentence is too long."""
         normal, abnormal = compose_prompts(name)
-        return (
-            max(len(ids) for ids in self.tokenizer(normal + abnormal)["input_ids"]) - self.tokenizer.model_max_length
-        )
+        encoded = self.tokenizer(normal + abnormal, verbose=False)["input_ids"]
+        return max(len(ids) for ids in encoded) - self.tokenizer.model_max_length
 
     def post_process_anomaly_maps(
         self, outputs: MoECLIPOutput, target_sizes: tuple[int, int], domain: str | None = None
@@ -156,13 +178,15 @@ class MoECLIPProcessor(ProcessorMixin):
         Returns:
             `torch.Tensor` of shape (B, H, W), on the benchmark's own scale, which is not 0 to 1.
         """
+        if len(target_sizes) != 2:
+            raise ValueError(f"target_sizes ({target_sizes}) must be one (H, W) for all maps of the benchmark.")
         summed = ((outputs.anomaly_logits + 1) / 2).sum(dim=1)
         return upsample(smooth(summed, domain or self.domain), target_sizes)
 
     def post_process_anomaly_detection(
         self,
         outputs: MoECLIPOutput,
-        target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
+        target_sizes: Any = None,
         threshold: float | None = None,
         pixel_threshold: float | None = None,
         domain: str | None = None,
@@ -177,7 +201,8 @@ class MoECLIPProcessor(ProcessorMixin):
 
         Args:
             outputs ([`MoECLIPOutput`])
-            target_sizes (`list[tuple[int, int]]`, *optional*): (H, W) an image; the patch grid's own by default.
+            target_sizes (`list[tuple[int, int]]`, *optional*): (H, W) an image, or one for all; the patch grid's own
+                by default.
             threshold (`float`, *optional*): of the verdict, instead of the processor's `image_threshold`.
             pixel_threshold (`float`, *optional*): of the regions, instead of the processor's own.
             domain (`str`, *optional*): instead of the processor's own.
@@ -191,6 +216,8 @@ class MoECLIPProcessor(ProcessorMixin):
         grids = smooth(outputs.anomaly_logits.sigmoid().mean(dim=1), domain)
         if target_sizes is None:
             target_sizes = [(grids.shape[-2], grids.shape[-1])] * len(grids)
+        elif len(target_sizes) == 2 and all(isinstance(edge, int) for edge in target_sizes):
+            target_sizes = [target_sizes] * len(grids)
         if len(target_sizes) != len(grids):
             raise ValueError(f"There are {len(target_sizes)} target_sizes for {len(grids)} images.")
         scores = grids.flatten(1).amax(dim=1)
@@ -257,15 +284,6 @@ def _checked_domain(domain: str) -> str:
     if domain not in _BLUR:
         raise ValueError(f'domain must be "industrial" or "medical", not {domain!r}.')
     return domain
-
-
-def _without_crops(image_processor: Any) -> MoECLIPImageProcessor:
-    """Replace a plain CLIP's image processor, which crops, by one that resizes."""
-    edge = image_processor.crop_size["height"]
-    patch_size = 14 if edge % 14 == 0 else 16
-    return MoECLIPImageProcessor.for_clip(
-        edge, patch_size, image_mean=image_processor.image_mean, image_std=image_processor.image_std
-    )
 
 
 __all__ = ["MoECLIPProcessor", "blur_matrix", "compose_prompts", "find_regions", "smooth", "upsample"]

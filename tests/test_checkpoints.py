@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_models import random_anchors, random_pixels, tiny_config, tiny_model
+from tiny_models import random_anchors, random_pixels, random_prompts, tiny_config, tiny_model
 from transformers import AutoModel, CLIPConfig, CLIPModel
 
 from moeclip_hf import MoECLIPModel
@@ -41,6 +41,70 @@ def test_a_checkpoint_comes_back_bit_equal(tmp_path, dtype, max_shard_size):
     assert (len(shards) > 1) == (max_shard_size == "20KB")
     assert_bit_equal(AutoModel.from_pretrained(tmp_path / "moeclip"), model)
     assert_bit_equal(MoECLIPModel.from_pretrained(tmp_path / "moeclip", device_map={"": "cpu"}), model)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "patch_projection",
+        "vision_model",
+        "vision_model.post_layernorm",
+        "depthwise_adapter",
+        "moe_layers",
+        "text_model",
+    ],
+)
+def test_parts_may_rest_on_the_disk_until_they_are_needed(tmp_path, part):
+    model = shifted_model()
+    model.save_pretrained(tmp_path / "moeclip")
+    parts = [name for name, _ in model.named_children() if name not in part] + ["logit_scale"]
+    if "." in part:
+        parts += [f"vision_model.{name}" for name, _ in model.vision_model.named_children()]
+    device_map = {**dict.fromkeys(parts, "cpu"), part: "disk"}
+    offloaded = MoECLIPModel.from_pretrained(
+        tmp_path / "moeclip", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    prompts = random_prompts()
+    with torch.no_grad():
+        expected = model(random_pixels(), **prompts)
+        actual = offloaded(random_pixels(), **prompts)
+    assert torch.allclose(actual.anomaly_logits, expected.anomaly_logits, atol=1e-4)
+    assert torch.allclose(actual.logits_per_image, expected.logits_per_image, atol=1e-6)
+
+
+def test_a_model_is_drawn_in_half_precision_too():
+    for dtype in (torch.bfloat16, torch.float16):
+        model = AutoModel.from_config(tiny_config(), dtype=dtype)
+        assert model.moe_layers[0].lora_A.dtype == dtype
+        assert model.moe_layers[0].lora_A.count_nonzero() > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_experts_per_tok": 9}, r"num_experts_per_tok \(9\)"),
+        ({"moe_layers": [99]}, r"\[99\]"),
+        ({"residual_weight": 7}, r"residual_weight \(7\)"),
+        ({"projection_activation": "relu"}, "'relu'"),
+        ({"aggregation_sizes": [2]}, r"\[2\]"),
+    ],
+)
+def test_settings_given_on_loading_are_checked(tmp_path, settings, words):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        MoECLIPModel.from_pretrained(tmp_path, **settings)
+
+
+def test_taps_given_on_loading_move_the_image_embedding_with_them(tmp_path):
+    config = tiny_config()
+    CLIPModel(CLIPConfig(**_towers(), projection_dim=config.projection_dim)).save_pretrained(tmp_path / "clip")
+    config.save_pretrained(tmp_path / "moeclip")
+    for folder in ("clip", "moeclip"):
+        loaded = type(config).from_pretrained(tmp_path / folder, feature_layers=[1, 2])
+        assert (loaded.feature_layers, loaded.image_feature_layer) == ([1, 2], 2)
+    model = MoECLIPModel.from_pretrained(tmp_path / "clip", feature_layers=[1, 2], lora_rank=4)
+    with torch.no_grad():
+        assert model(random_pixels(), text_embeds=random_anchors()).anomaly_logits.shape[1] == 6
 
 
 def test_fofs_projections_are_in_the_file(tmp_path):

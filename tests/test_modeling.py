@@ -394,6 +394,14 @@ def test_inputs_that_do_not_fit_are_refused_with_the_remedy():
         model(pixel_values, input_ids=random_prompts()["input_ids"])
     with pytest.raises(ValueError, match="3 classes and 2 images: pass class_index"):
         model(pixel_values, text_embeds=random_anchors(3))
+    with pytest.raises(ValueError, match=r"labels \(1,\) must be \(2,\)"):
+        model(pixel_values, text_embeds=random_anchors(), labels=torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"masks \(1, 20, 20\) must be \(2, H, W\)"):
+        model(pixel_values, text_embeds=random_anchors(), masks=torch.zeros(1, 20, 20))
+    with pytest.raises(ValueError, match="must name one of 3 classes"):
+        model(pixel_values, text_embeds=random_anchors(3), class_index=torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="hold no patch of 4 pixels"):
+        model(pixel_values[..., :3], text_embeds=random_anchors())
     with pytest.raises(ValueError, match="must be \\(classes, 2, width\\)"):
         model(pixel_values, text_embeds=random_anchors()[0])
     with pytest.raises(ValueError, match="normal and abnormal sentences"):

@@ -68,9 +68,26 @@ def test_a_word_that_is_cut_may_fall_into_more_tokens():
             assert processor(text=[name], return_tensors="pt")["input_ids"].shape[1] <= limit, name
 
 
-def test_an_empty_name_is_refused_with_the_remedy(processor):
+@pytest.mark.parametrize("names", [["wood", "  "], [""], []])
+def test_an_empty_name_is_refused_with_the_remedy(processor, names):
     with pytest.raises(ValueError, match='use "object"'):
-        processor(text=["wood", "  "])
+        processor(text=names)
+
+
+@pytest.mark.parametrize("name", [1, "two\nlines", "\udcff"])
+def test_what_is_no_printable_text_is_no_name(processor, name):
+    with pytest.raises(ValueError, match="printable text"):
+        processor(text=[name])
+
+
+def test_unknown_arguments_are_refused_and_known_ones_count(processor):
+    with pytest.raises(TypeError, match="do_resize"):
+        processor(images=GREY, do_resize=False)
+    assert processor(images=GREY, size=56, return_tensors="pt")["pixel_values"].shape == (1, 3, 56, 56)
+    padded = processor(text="wood", padding="max_length", return_tensors="pt")["input_ids"]
+    assert padded.shape[1] == processor.tokenizer.model_max_length
+    with pytest.raises(ValueError, match="smaller than a patch"):
+        processor(images=GREY, size=3)
 
 
 # Images
@@ -121,6 +138,7 @@ GREY_RGB = np.repeat(GREY[..., None], 3, axis=2)
         torch.from_numpy(GREY),
         torch.from_numpy(GREY_RGB).permute(2, 0, 1),
         torch.from_numpy(GREY_RGB).permute(2, 0, 1).float() / 255,
+        GREY.astype(np.int64),
     ],
 )
 def test_grey_images_of_every_kind_are_one_picture(image):
@@ -139,6 +157,15 @@ def test_colour_images_of_every_mode_are_one_picture(tmp_path):
         image.save(path, lossless=True)
         assert same_picture(path, COLOUR), suffix
         assert same_picture(str(path), COLOUR), suffix
+
+
+def test_floats_that_overshoot_their_range_are_clipped_not_read_on_another_scale():
+    assert np.asarray(to_rgb(np.array([[0.5, 1.0001, -0.001]], dtype=np.float32)))[0, :, 0].tolist() == [128, 255, 0]
+
+
+def test_half_precision_tensors_are_images():
+    grey = torch.tensor([[0.0, 0.5, 1.0]], dtype=torch.bfloat16)
+    assert np.asarray(to_rgb(grey))[0, :, 0].tolist() == [0, 128, 255]
 
 
 def test_transparency_lies_over_white():
@@ -169,6 +196,7 @@ def test_files_are_read_upright(tmp_path, orientation):
         (np.full((4, 4), np.inf, dtype=np.float32), "infinite"),
         (np.full((4, 4), -0.5, dtype=np.float32), "-0.5"),
         (np.full((4, 4), 300.0, dtype=np.float32), "300"),
+        (np.full((4, 4), 300), "16 bits take uint16"),
         (np.zeros((5, 5, 7), dtype=np.uint8), r"\(5, 5, 7\)"),
         (np.zeros((0, 4), dtype=np.uint8), r"\(0, 4\)"),
         (np.zeros(5, dtype=np.uint8), r"\(5,\)"),
@@ -186,6 +214,20 @@ def test_files_that_are_no_images_are_named(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}: cannot be read"):
             open_image(tmp_path / name)
+
+
+def test_a_damaged_exif_block_is_said_in_one_line(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(COLOUR).save(tmp_path / "image.jpg", exif=exif)
+    content = bytearray((tmp_path / "image.jpg").read_bytes())
+    start = content.index(b"Exif")
+    content[start + 6 : start + 40] = bytes(range(34))
+    (tmp_path / "image.jpg").write_bytes(content)
+    try:
+        to_rgb(tmp_path / "image.jpg")
+    except ValueError as error:
+        assert "image.jpg: cannot be read" in str(error)
 
 
 def _png() -> bytes:
@@ -344,11 +386,13 @@ def test_the_processor_survives_its_files(processor, tmp_path):
 
 
 def test_a_plain_clips_processor_loses_its_crop_and_gains_the_methods_size(tokenizer, tmp_path):
-    from transformers import CLIPImageProcessorPil, CLIPProcessor
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPProcessor
 
-    for edge, expected in ((336, 518), (224, 224)):
+    for edge, patch_size, expected in ((336, 14, 518), (224, 32, 224)):
+        CLIPConfig(vision_config={"image_size": edge, "patch_size": patch_size}).save_pretrained(tmp_path)
         clip = CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge})
         CLIPProcessor(clip, tokenizer).save_pretrained(tmp_path)
         processor = MoECLIPProcessor.from_pretrained(tmp_path)
         pixel_values = processor(images=Image.new("RGB", (300, 100)), return_tensors="pt")["pixel_values"]
         assert pixel_values.shape == (1, 3, expected, expected)
+        assert processor.image_processor.patch_size == patch_size
