@@ -7,6 +7,7 @@ import torch
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, PreTrainedTokenizerBase
 
 from moeclip_hf.conversion.key_table import is_finite, refuse
+from moeclip_hf.errors import ConversionError
 from moeclip_hf.modeling.image_processing_moeclip import MoECLIPImageProcessor
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
@@ -34,6 +35,8 @@ def save_moeclip(
         ConversionError: if a weight is too large for `dtype`.
     """
     vision: Any = model.config.vision_config
+    if image_size is not None and image_size < vision.patch_size:
+        raise ConversionError(f"image_size ({image_size}) is smaller than a patch of {vision.patch_size} pixels.")
     if image_size is None:
         image_processor = MoECLIPImageProcessor.for_clip(vision.image_size, vision.patch_size)
     else:

@@ -38,7 +38,8 @@ def load_tokenizer(source: str | Path, text_config: CLIPTextConfig) -> PreTraine
             tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
         except Exception as error:  # whatever a missing or broken tokenizer leads to
             raise ConversionError(
-                f"{source}: no tokenizer can be loaded from there (--tokenizer): {one_line(error)}"
+                f"{source}: no tokenizer can be loaded from there; pass a transformers folder or Hub id, or OpenAI's "
+                f"bpe_simple_vocab_16e6.txt.gz (--tokenizer): {one_line(error)}"
             ) from error
     end = text_config.eos_token_id
     end = text_config.vocab_size - 1 if end == _LEGACY_END_ID else end

@@ -51,7 +51,8 @@ def find_images(sources: Iterable[str | Path], exclude: Path | None = None) -> l
 
     Args:
         sources: files (taken whatever their suffix), folders (searched with all below them) and glob patterns.
-        exclude (*optional*): a folder whose files are passed over, such as one that results are written to.
+        exclude (*optional*): a folder that results are written to. It is passed over; where it is a folder to be
+            searched, or holds one, just the files named as results are.
 
     Raises:
         MoECLIPError: for a folder or a pattern without images.
@@ -59,13 +60,13 @@ def find_images(sources: Iterable[str | Path], exclude: Path | None = None) -> l
     found: dict[Path, None] = {}
     for source in map(str, sources):
         path = Path(source)
-        if path.is_dir():
+        if _is_folder(path):
             files = sorted(
                 file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
             )
             if exclude is not None:
-                files = [file for file in files if exclude.resolve() not in file.resolve().parents]
-        elif glob.has_magic(source) and not path.exists():
+                files = [file for file in files if not _is_result(file, exclude.resolve(), path.resolve())]
+        elif glob.has_magic(source) and not Path(source).is_file():
             files = sorted(Path(file) for file in glob.glob(source, recursive=True) if Path(file).is_file())
         else:
             files = [path]
@@ -73,6 +74,19 @@ def find_images(sources: Iterable[str | Path], exclude: Path | None = None) -> l
             raise MoECLIPError(f"{source}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
         found.update(dict.fromkeys(files))
     return list(found)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that no file system takes; reading it says so
+        return False
+
+
+def _is_result(file: Path, results: Path, searched: Path) -> bool:
+    if results not in file.resolve().parents:
+        return False
+    return searched in results.parents or file.stem.endswith(("_overlay", "_map"))
 
 
 def read_image(path: Path) -> Image.Image:

@@ -1,11 +1,14 @@
 """Loading a checkpoint for use: the embedded one, a folder or a Hub repository."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from transformers.utils import logging
 
-from moeclip_hf.errors import CheckpointError
+from moeclip_hf.errors import CheckpointError, MoECLIPError
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
 
@@ -51,20 +54,50 @@ def load_pretrained(
         CheckpointError: if it is not there, is no MoECLIP checkpoint, or lacks weights.
     """
     source = str(model or EMBEDDED_CHECKPOINT)
-    device = torch.device(device) if device is not None else best_device()
+    if Path(source).exists() and not Path(source).is_dir():
+        raise CheckpointError(f"{source}: is a file: name the checkpoint's folder, or a Hub id.")
+    device = _usable_device(device) if device is not None else best_device()
     dtype = best_dtype(device) if dtype is None else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:
-        loaded, report = MoECLIPModel.from_pretrained(
-            source, dtype=dtype, revision=revision or "main", use_safetensors=True, output_loading_info=True
-        )
+        with _quiet():  # what is missing is said below
+            loaded, report = MoECLIPModel.from_pretrained(
+                source, dtype=dtype, revision=revision or "main", use_safetensors=True, output_loading_info=True
+            )
+        _refuse_missing_weights(source, report)
         processor = MoECLIPProcessor.from_pretrained(source, revision=revision or "main")
-    except Exception as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a missing, foreign or damaged checkpoint leads to
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{source}: cannot be loaded as a MoECLIP checkpoint: {reason}") from error
-    if report["missing_keys"] or report["mismatched_keys"]:
-        lacking = sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]})
+    return Pretrained(loaded.eval().to(device), processor)
+
+
+def _refuse_missing_weights(source: str, report: dict[str, Any]) -> None:
+    lacking = sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]})
+    if lacking:
         raise CheckpointError(
             f"{source}: lacks {len(lacking)} of MoECLIP's weights ({lacking[0]}, ...): a plain CLIP has to be "
-            f"trained, or joined with an adapter by `moeclip convert`, before it can score images."
+            "trained, or joined with an adapter by `moeclip convert`, before it can score images."
         )
-    return Pretrained(loaded.eval().to(device), processor)
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
+    try:
+        usable = torch.device(device)
+        torch.empty(1, device=usable)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise MoECLIPError(f"device {str(device)!r} cannot be used here: {reason}") from error
+    return usable
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing anything below an error."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -177,18 +177,27 @@ def test_what_does_not_fit_is_one_line_and_exit_status_1(moeclip, files, tmp_pat
 
 
 def test_wrong_usage_is_exit_status_2_and_names_the_option(moeclip, files, tmp_path):
-    adapter, clip, output = files / "moe_last.pth", files / "ViT.pt", tmp_path / "out"
-    status, _, errors = moeclip("convert", "released", "--adapter", adapter, "--clip", clip, "--output", output)
-    assert status == 2
-    assert "--tokenizer" in errors
-    assert "bpe_simple_vocab_16e6.txt.gz" in errors
+    output = tmp_path / "out"
     status, _, errors = moeclip(*released(files, output, "--feature-layers", "2,x"))
     assert status == 2
     assert "--feature-layers" in errors
     output.touch()
-    status, _, errors = moeclip(*released(files, output))
-    assert status == 2
-    assert "--output" in errors
+    for folder in (output, output / "below"):
+        status, _, errors = moeclip(*released(files, folder))
+        assert status == 2
+        assert "--output" in errors
+
+
+def test_without_a_tokenizer_the_merges_beside_the_clip_serve_or_openais_on_the_hub(moeclip, files, tmp_path):
+    adapter, clip, output = files / "moe_last.pth", files / "ViT.pt", tmp_path / "out"
+    status, _, _ = moeclip("convert", "released", "--adapter", adapter, "--clip", clip, "--output", output)
+    assert status == 0
+    alone = tmp_path / "ViT.pt"
+    alone.write_bytes(clip.read_bytes())
+    status, _, errors = moeclip("convert", "released", "--adapter", adapter, "--clip", alone, "--output", output)
+    assert status == 1
+    for word in ("openai/clip-vit-large-patch14", "--tokenizer", "bpe_simple_vocab_16e6.txt.gz"):
+        assert word in errors
 
 
 def test_a_folder_that_is_no_checkpoint_cannot_be_exported(moeclip, tmp_path):

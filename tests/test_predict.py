@@ -2,6 +2,9 @@
 
 import json
 import os
+import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +96,65 @@ def test_an_unreadable_file_is_named_and_the_rest_is_done(images, tmp_path):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--nonsense"], [], ["x.png", "--batch-size", "0"], ["x.png", "--maps", "gif"]])
+def test_a_decoder_that_breaks_on_one_file_does_not_end_the_run(images, tmp_path, monkeypatch):
+    opened = Image.open
+
+    def open_or_break(path, *arguments, **keywords):
+        if Path(path).name == "spot.jpg":
+            raise struct.error("required argument is not an integer")
+        return opened(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Image, "open", open_or_break)
+    result = run(images, "--json", cwd=tmp_path)
+    rows = {Path(json.loads(line)["image"]).name: json.loads(line) for line in result.stdout.splitlines()}
+    assert result.exit_code == 1
+    assert "spot.jpg: cannot be read" in rows["spot.jpg"]["error"]
+    assert rows["good.png"]["score"] is not None
+
+
+def test_a_folder_may_take_its_own_results(images, tmp_path):
+    first = run(images, "--output-dir", images, "--json", cwd=tmp_path)
+    again = run(images, "--output-dir", images, "--json", cwd=tmp_path)
+    assert again.exit_code == 0
+    assert [json.loads(line)["image"] for line in again.stdout.splitlines()] == [
+        json.loads(line)["image"] for line in first.stdout.splitlines()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--output-dir", "images/good.png"], "good.png"),
+        (["--device", "nonsense"], "device 'nonsense' cannot be used here"),
+        (["--model", "images/good.png"], "is a file"),
+        (["--class-name", "two\nlines"], "printable text"),
+        (["--class-name", " "], 'use "object"'),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_status_1(images, tmp_path, arguments, words):
+    command = [sys.executable, "-m", "moeclip_hf.cli", "predict", "images/good.png", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("moeclip: ")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_class_name_is_no_markup(images, tmp_path):
+    assert "[/bold] nut" in run("images/good.png", "--class-name", "[/bold] nut", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--nonsense"],
+        [],
+        ["x.png", "--batch-size", "0"],
+        ["x.png", "--maps", "gif"],
+        ["x.png", "--threshold", "nan"],
+        ["x.png", "--threshold", "5"],
+    ],
+)
 def test_wrong_usage_ends_with_status_2(arguments, tmp_path):
     assert run(*arguments, cwd=tmp_path).exit_code == 2
 

@@ -50,6 +50,6 @@ def main() -> None:
     """Run the command line; a mistake of the user's ends in one line on standard error and exit status 1."""
     try:
         app()
-    except MoECLIPError as error:
+    except (MoECLIPError, OSError) as error:  # a full disk, a folder that cannot be written to
         typer.echo(f"moeclip: {error}", err=True)
         sys.exit(1)

@@ -1,6 +1,7 @@
 """`moeclip convert`: checkpoints of other formats, in and out."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,10 @@ import typer
 from moeclip_hf.cli.predict import Dtype
 
 convert = typer.Typer(help="Convert released adapters and OpenAI's CLIP, in and out.", no_args_is_help=True)
+
+# All of OpenAI's CLIPs have one tokenizer: its merges as they publish them, and a Hub repository that holds it.
+_MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
+_OPENAI_TOKENIZER = "openai/clip-vit-large-patch14"
 
 _MOECLIP_SETTINGS = (
     "num_experts",
@@ -41,7 +46,7 @@ Tokenizer = Annotated[
     str | None,
     typer.Option(
         help="Transformers folder or Hub id, or OpenAI's bpe_simple_vocab_16e6.txt.gz.",
-        show_default="that of a transformers CLIP",
+        show_default="that of a transformers CLIP, or OpenAI's",
     ),
 ]
 StoredDtype = Annotated[Dtype, typer.Option(help="Type that weights are stored in.")]
@@ -101,8 +106,8 @@ def released(
 
     What the shapes tell is inferred. The activation is set to exact GELU, as the released code trains with it.
     """
+    _check_folder(output)
     tokenizer = _find_tokenizer(tokenizer, clip)
-    _refuse_file(output)
 
     import torch
     from transformers.utils import logging
@@ -146,8 +151,8 @@ def openai(
     as_json: AsJson = False,
 ) -> None:
     """Write a CLIP as a transformers folder with its processor, such as training starts from."""
+    _check_folder(output)
     tokenizer = _find_tokenizer(tokenizer, clip)
-    _refuse_file(output)
 
     import torch
     from transformers.utils import logging
@@ -169,6 +174,10 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint's adapter as the released code saves it; its CLIP is not in it."""
+    if output.is_dir():
+        raise typer.BadParameter(f"{output} is a folder, not a file", param_hint="--output")
+    _check_folder(output.parent)
+
     import torch
     from transformers.utils import logging
 
@@ -186,23 +195,22 @@ def export(
 
 
 def _find_tokenizer(tokenizer: str | None, clip: str) -> str:
-    """The tokenizer given, or that of a transformers CLIP."""
+    """The tokenizer given, that of a transformers CLIP, the merges beside a CLIP file, or OpenAI's on the Hub."""
     if tokenizer is not None:
         return tokenizer
     from moeclip_hf.conversion.reading import is_repository
 
     if is_repository(clip):
         return clip
-    raise typer.BadParameter(
-        "needed, as a CLIP file has no tokenizer: a transformers folder or Hub id, or OpenAI's "
-        "bpe_simple_vocab_16e6.txt.gz",
-        param_hint="--tokenizer",
-    )
+    merges = Path(clip).with_name(_MERGES_FILE)
+    return str(merges) if merges.exists() else _OPENAI_TOKENIZER
 
 
-def _refuse_file(output: Path) -> None:
-    if output.is_file():
-        raise typer.BadParameter(f"{output} is a file, not a folder", param_hint="--output")
+def _check_folder(output: Path) -> None:
+    """Refuse what cannot be made a folder before the work, not after it."""
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise typer.BadParameter(f"{there} is not a folder that can be written to", param_hint="--output")
 
 
 def _heads(vision: int | None, text: int | None) -> dict[str, Any]:

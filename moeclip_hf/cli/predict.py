@@ -1,6 +1,7 @@
 """`moeclip predict`: scores, verdicts and heat maps for images."""
 
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
@@ -31,6 +32,13 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
+def _number(value: float | None) -> float | None:
+    """Refuse NaN, which no range leaves out."""
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("nan is no number")
+    return value
+
+
 def predict(
     images: Annotated[list[str], typer.Argument(help="Files, folders and glob patterns.", show_default=False)],
     class_name: Annotated[str, typer.Option(help='What the images show, such as "metal nut".')] = "object",
@@ -43,11 +51,24 @@ def predict(
         MapFormat | None, typer.Option(help="Also write raw maps, as 16-bit PNG or NumPy file.", show_default="none")
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Score from which on an image is anomalous.", show_default="the checkpoint's")
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            callback=_number,
+            help="Score from which on an image is anomalous.",
+            show_default="the checkpoint's",
+        ),
     ] = None,
     pixel_threshold: Annotated[
         float | None,
-        typer.Option(help="Map value from which on pixels make regions.", show_default="the checkpoint's"),
+        typer.Option(
+            min=0,
+            max=1,
+            callback=_number,
+            help="Map value from which on pixels make regions.",
+            show_default="the checkpoint's",
+        ),
     ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Pixels a side that the model sees.", show_default="the checkpoint's")
@@ -80,6 +101,9 @@ def predict(
     """
     tile_size = _tile_size(tile)
 
+    import warnings
+
+    from PIL import Image
     from rich.console import Console
     from rich.progress import track
     from transformers.utils import logging
@@ -90,8 +114,11 @@ def predict(
     from moeclip_hf.tiling import Tiling
 
     logging.disable_progress_bar()
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # up to twice as many pixels are read all the same
     errors = Console(stderr=True)
     paths = find_images(images, exclude=output_dir)
+    if overlays or maps:
+        output_dir.mkdir(parents=True, exist_ok=True)  # now rather than after an hour
     pretrained = load_pretrained(model, device, dtype.value if dtype else None)
     processor = pretrained.processor
     threshold = processor.image_threshold if threshold is None else threshold
@@ -108,7 +135,9 @@ def predict(
     pending: list[Any] = []
     unreadable = 0
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as writer:
-        for prediction in track(predictions, "scoring", len(paths), console=errors, transient=True):
+        for prediction in track(
+            predictions, "scoring", len(paths), console=errors, transient=True, disable=not errors.is_terminal
+        ):
             row = _describe(prediction, class_name, threshold)
             if prediction.error is None:
                 stem = output_dir / names[prediction.path]
@@ -132,7 +161,7 @@ def predict(
 
     if not as_json:
         _print_table(rows, threshold, class_name)
-        if overlays or maps:
+        if (overlays or maps) and unreadable < len(paths):
             typer.echo(f"Written to {output_dir}{'' if output_dir.is_absolute() else ' (in this folder)'}")
     if unreadable:
         raise typer.Exit(1)
@@ -199,7 +228,8 @@ def _print_table(rows: list[dict[str, Any]], threshold: float, class_name: str) 
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("image", "score", "verdict", title=f"{class_name} (anomalous from {threshold:.3f})")
+    title = Text(f"{class_name} (anomalous from {threshold:.3f})", "italic")
+    table = Table("image", "score", "verdict", title=title)
     for row in rows:
         if row["score"] is None:
             score, verdict = Text("-"), Text("unreadable", "yellow")
