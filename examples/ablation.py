@@ -208,11 +208,13 @@ def execute(run: Run, train_rows: Any, test_rows: Sequence[Any], folder: Path) -
     by_block = {f"{COSINE}_block_{block}": mean(images) if images else None for block, images in cosines.items()}
     defined = [cosine for cosine in by_block.values() if cosine is not None]
     figures = mean_metrics([result.metrics for result in results])
+    origin = provenance(pretrained)
     return {
         "run": asdict(run),
         "figures": figures | {COSINE: mean(defined) if defined else None} | by_block,
         "datasets": {result.dataset: result.metrics for result in results},
-        **provenance(pretrained),
+        "versions": origin["versions"],
+        "date": origin["date"],
     }
 
 

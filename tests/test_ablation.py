@@ -59,6 +59,7 @@ def test_tables_hold_a_row_a_variant_with_the_papers_figures_beside(finished):
     _, folder, _ = finished
     lines = read_lines(folder)
     assert [line["variant"] for line in lines] == ["full", "no-fofs-no-etf"]
+    assert all(line["versions"].keys() >= {"moeclip-hf", "torch"} for line in lines)
     with (folder / "ablation.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["variant"] for row in rows] == ["full", "no-fofs-no-etf"]
