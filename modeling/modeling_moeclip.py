@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPModel
 from transformers import initialization as init
-from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_moeclip import MoECLIPConfig
 from .loss_moeclip import classification_loss, segmentation_loss
 from .moe_lora import MoELora, in_float32, record_outputs, vector_norm
+from .vision_moeclip import MoECLIPQuickGELU, MoECLIPVisionEmbeddings
 
 # The factor on cosines between patches and anchors.
 _PATCH_LOGIT_SCALE = 100.0
@@ -62,38 +62,6 @@ class MoECLIPOutput(ModelOutput):
 def unit_length(embeds: torch.Tensor) -> torch.Tensor:
     """Scale vectors (..., D) to length 1; the norm is taken in float32 and a vector of zeros stays zero."""
     return (embeds / vector_norm(embeds).clamp_min(1e-12)).to(embeds.dtype)
-
-
-def interpolate_position_embeddings(embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """
-    Resample the position embeddings of a square grid to another grid.
-
-    Bicubic with antialiasing, whose cubic kernel (a = -0.5) is not that of the plain one (a = -0.75) even when
-    enlarging. MoECLIP's checkpoints are trained with it; transformers' CLIP uses the plain one.
-
-    Args:
-        embeddings (`torch.Tensor`): (1 + n * n, d), the class token first.
-        height (`int`), width (`int`): h and w, in patches.
-
-    Returns:
-        `torch.Tensor` of shape (1 + h * w, d).
-    """
-    side = round((len(embeddings) - 1) ** 0.5)
-    if (height, width) == (side, side):
-        return embeddings
-    class_token, patches = embeddings[:1], embeddings[1:]
-    grid = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(in_float32(grid), size=(height, width), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([class_token, grid.squeeze(0).flatten(1).T.to(embeddings.dtype)])
-
-
-class MoECLIPVisionEmbeddings(CLIPVisionEmbeddings):
-    """CLIP's patch, class and position embeddings, for any grid."""
-
-    def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        grid = height // self.patch_size, width // self.patch_size
-        own_grid = self.position_embedding(self.position_ids)[0]  # called, so that hooks may bring the weight along
-        return interpolate_position_embeddings(own_grid, *grid).unsqueeze(0)
 
 
 class MoECLIPTextAdapter(nn.Module):
@@ -220,6 +188,9 @@ class MoECLIPModel(CLIPModel):
         vision_config: Any = config.vision_config
         width = vision_config.hidden_size
         self.vision_model.embeddings = MoECLIPVisionEmbeddings(vision_config)
+        if vision_config.hidden_act == "quick_gelu":
+            for block in self.vision_model.encoder.layers:
+                block.mlp.activation_fn = MoECLIPQuickGELU()
         self.moe_layers = nn.ModuleList(
             MoELora(
                 width,

@@ -8,7 +8,7 @@ from tiny_models import PATCH_SIZE, random_anchors, random_pixels, random_prompt
 from torch.nn import functional as F
 
 from moeclip_hf import MoECLIPConfig, MoECLIPModel
-from moeclip_hf.modeling.modeling_moeclip import interpolate_position_embeddings
+from moeclip_hf.modeling.vision_moeclip import MoECLIPQuickGELU, interpolate_position_embeddings
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -406,3 +406,21 @@ def test_inputs_that_do_not_fit_are_refused_with_the_remedy():
         model(pixel_values, text_embeds=random_anchors()[0])
     with pytest.raises(ValueError, match="normal and abnormal sentences"):
         model.get_text_embeds(random_prompts()["input_ids"], prompt_groups=torch.zeros(16, dtype=torch.long))
+
+
+def test_quick_gelu_is_clips_own_and_keeps_one_tensor_for_the_backward_pass():
+    values = torch.linspace(-20, 20, 1001, dtype=torch.float64, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        actual = MoECLIPQuickGELU()(values)
+    expected = values * torch.sigmoid(1.702 * values)
+    torch.testing.assert_close(actual, expected)
+    gradients = [torch.autograd.grad(output.sum(), values)[0] for output in (actual, expected)]
+    torch.testing.assert_close(*gradients)
+    assert len(saved) == 1
+    config = tiny_config()
+    config.vision_config.hidden_act = "quick_gelu"
+    activations = {type(block.mlp.activation_fn) for block in MoECLIPModel(config).vision_model.encoder.layers}
+    assert activations == {MoECLIPQuickGELU}
