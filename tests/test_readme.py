@@ -38,7 +38,7 @@ def test_the_python_example_runs(workplace):
 
 
 def test_the_command_line_example_runs(workplace):
-    (arguments,) = re.findall(r"^moeclip (predict .*)$", README, flags=re.MULTILINE)
+    arguments = re.findall(r"^moeclip (predict .*)$", README, flags=re.MULTILINE)[0]
     words = [word.strip('"') for word in re.findall(r'"[^"]+"|\S+', arguments)]
     assert "one.png" in run([sys.executable, "-m", "moeclip_hf.cli", *words], workplace)
     assert (workplace / "results" / "one_overlay.png").exists()

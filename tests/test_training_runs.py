@@ -52,6 +52,19 @@ def test_resumed_run_repeats_the_losses_and_weights_of_an_unbroken_one(clip, row
         assert torch.equal(resumed.moeclip.state_dict()[name], tensor), name
 
 
+def test_a_finished_run_that_is_resumed_trains_no_further(clip, rows, tmp_path):
+    recipe = get_recipe("paper", num_epochs=1)
+    outputs = []
+    for resume in (False, True):
+        model, processor = start_model(clip, recipe)
+        args = training_arguments(tmp_path / "run", recipe, max_steps=3, save_steps=3, dataloader_num_workers=0)
+        train(model, processor, rows, recipe, args, resume=resume)
+        outputs.append(load_file(tmp_path / "run" / "model.safetensors"))
+    assert all(torch.equal(outputs[0][name], outputs[1][name]) for name in outputs[0])
+    assert (tmp_path / "run" / "training_curves.png").exists()
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3"]
+
+
 def test_frozen_projections_come_from_the_checkpoint_not_from_the_seed(clip, rows, tmp_path):
     first = tiny_trainer(clip, rows, tmp_path, save_steps=2, max_steps=2)
     first.train()

@@ -165,7 +165,10 @@ def train(
     trainer = MoECLIPTrainer(model, args, samples, processor, recipe)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ProgressBar())
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint and trainer.is_done(checkpoint):
+        trainer.take_up(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
         draw_training_curves(trainer.state.log_history, output_dir / CURVES_FILE)

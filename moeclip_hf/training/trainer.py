@@ -5,6 +5,7 @@ rate for the experts, and checkpoints that hold what trains alone and appear who
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerCallback, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from moeclip_hf.errors import CheckpointError, MoECLIPError
@@ -257,6 +259,20 @@ class MoECLIPTrainer(Trainer):
         self.processor.save_pretrained(folder)
         _write_json(folder / RECIPE_FILE, self.settings)
 
+    def is_done(self, checkpoint: str) -> bool:
+        """Whether a checkpoint was saved at this run's last step; the trainer would take one more."""
+        steps = self.args.max_steps
+        if steps <= 0:
+            steps_per_epoch = len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps
+            steps = math.ceil(self.args.num_train_epochs * steps_per_epoch)
+        return _saved_state(checkpoint).global_step >= steps
+
+    def take_up(self, checkpoint: str) -> None:
+        """Take a checkpoint's weights and history, and train no further."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = _saved_state(checkpoint)
+        self.state.is_world_process_zero = self.is_world_process_zero()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load MoECLIP's own parts; refuse a checkpoint of another recipe."""
         folder = Path(resume_from_checkpoint)
@@ -284,6 +300,14 @@ class _EpochCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.sampler.epoch = int(state.epoch or 0)
+
+
+def _saved_state(checkpoint: str) -> TrainerState:
+    path = Path(checkpoint) / TRAINER_STATE_NAME
+    try:
+        return TrainerState.load_from_json(str(path))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint}: cannot be resumed from: {error}") from error
 
 
 def own_weights(model: MoECLIPModel) -> set[str]:
