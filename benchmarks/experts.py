@@ -54,6 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "literal, warm-up": {"warmup_steps": 50},
     "literal, eps 1": {"adam_epsilon": 1.0},
     "literal, clipped": {"max_grad_norm": 1.0},
+    "B, G, clipped": {"expert_std": 0.02, "router_std": 0.02, "max_grad_norm": 1.0},
     "B, G, lambda 0.3": {"expert_std": 0.02, "router_std": 0.02, "residual_weight": 0.3},
     "B, G, expert lr x 10, lambda 0.3": {
         "expert_std": 0.02, "router_std": 0.02, "expert_speed": 10, "residual_weight": 0.3,
