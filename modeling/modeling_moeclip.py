@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import CLIPModel
 from transformers import initialization as init
@@ -60,28 +59,9 @@ class MoECLIPOutput(ModelOutput):
     router_logits: tuple[torch.Tensor, ...] | None = None
 
 
-class _UnitLength(torch.autograd.Function):
-    """Keeps the result for the backward pass, which whatever reads it keeps anyway, and not the input."""
-
-    @staticmethod
-    def forward(ctx, embeds: torch.Tensor) -> torch.Tensor:
-        norm = vector_norm(embeds).clamp_min(1e-12)
-        unit = (embeds / norm).to(embeds.dtype)
-        ctx.save_for_backward(unit, norm)
-        return unit
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        unit, norm = ctx.saved_tensors
-        gradient, direction = in_float32(gradient), in_float32(unit)
-        along = torch.linalg.vecdot(gradient, direction).unsqueeze(-1)
-        return (torch.addcmul(gradient, along, direction, value=-1) / norm).to(unit.dtype)
-
-
 def unit_length(embeds: torch.Tensor) -> torch.Tensor:
     """Scale vectors (..., D) to length 1; the norm is taken in float32 and a vector of zeros stays zero."""
-    return _UnitLength.apply(embeds)
+    return (embeds / vector_norm(embeds).clamp_min(1e-12)).to(embeds.dtype)
 
 
 class MoECLIPTextAdapter(nn.Module):
@@ -142,9 +122,11 @@ class MoECLIPPatchProjection(nn.Module):
                 project = self.projections[tap if self.shared else tap * len(self.sizes) + index]
                 projected, offset = project(normalised), project(norm_bias)
                 scaled = (projected - offset) * own_deviation
-            # Not divided by the deviation, but times it: the length of an embedding is made 1 all the same.
-            pooled = projected if size == 1 else torch.addcmul(average_pool(scaled, size), offset, deviation(size))
-            embeds.append(unit_length(self.activation(pooled)).to(projected.dtype).flatten(1, 2))
+            if size == 1:
+                pooled = projected
+            else:
+                pooled = (average_pool(scaled, size) / deviation(size)).to(projected.dtype) + offset
+            embeds.append(unit_length(self.activation(pooled)).flatten(1, 2))
         return embeds
 
 
