@@ -20,10 +20,9 @@ def focal_loss(anomaly_probability: torch.Tensor, masks: torch.Tensor) -> torch.
         `torch.Tensor` of shape (M,): one loss a map.
     """
     target = masks.clamp(_FOCAL_SMOOTHING, 1 - _FOCAL_SMOOTHING)
-    # target p + (1 - target) (1 - p), with the factors of p taken on one channel rather than on every map's.
-    probability_of_target = torch.addcmul(1 - target + _FOCAL_SMOOTHING, 2 * target - 1, anomaly_probability)
-    loss = (1 - probability_of_target) ** _FOCAL_GAMMA * probability_of_target.log()
-    return -loss.mean(dim=(0, 2, 3))
+    probability_of_target = target * anomaly_probability + (1 - target) * (1 - anomaly_probability) + _FOCAL_SMOOTHING
+    loss = -((1 - probability_of_target) ** _FOCAL_GAMMA) * probability_of_target.log()
+    return loss.mean(dim=(0, 2, 3))
 
 
 def dice_loss(probability: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
@@ -37,8 +36,7 @@ def dice_loss(probability: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape (M,): one loss a map.
     """
-    # As a product of matrices: no tensor as large as all maps is kept for the backward pass.
-    overlap = (probability.flatten(2) @ masks.flatten(2).transpose(1, 2)).squeeze(-1)
+    overlap = (probability * masks).sum(dim=(2, 3))
     total = probability.sum(dim=(2, 3)) + masks.sum(dim=(2, 3))
     return (1 - (2 * overlap + 1) / (total + 1)).mean(dim=0)
 
