@@ -1,19 +1,17 @@
 """A full MoECLIP checkpoint as a PEFT adapter over its CLIP, and back; loading an adapter with the base it needs."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers.utils import logging
 
 from moeclip_hf.errors import CheckpointError
 from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
+from moeclip_hf.pretrained import quiet_transformers
 from moeclip_hf.tuner import MoELoraConfig, MoELoraLayer
 from moeclip_hf.tuner.model import MOECLIP_HEADS, vision_blocks
 
@@ -137,7 +135,7 @@ def load_adapter(
     if base is None:
         raise CheckpointError(f"{adapter}: does not name its base: pass base, the CLIP that it was made over.")
     try:
-        with _quiet_transformers():
+        with quiet_transformers():  # of heads that a CLIP has not: the adapter brings them
             bare, report = MoECLIPModel.from_pretrained(
                 base, config=_base_config(base, config.base_settings), output_loading_info=True, **base_kwargs
             )
@@ -176,17 +174,6 @@ def _base_config(base: "str | PathLike[str]", settings: dict[str, Any]) -> MoECL
         for name, value in settings[tower].items():
             setattr(getattr(config, tower), name, value)
     return config
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hold back the report that a CLIP has no heads and its kind is not MoECLIP's: the adapter brings them."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _copy_sharing_weights(model: nn.Module) -> Any:

@@ -59,7 +59,7 @@ def load_pretrained(
     device = _usable_device(device) if device is not None else best_device()
     dtype = best_dtype(device) if dtype is None else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:
-        with _quiet():  # what is missing is said below
+        with quiet_transformers():  # what is missing is said below
             loaded, report = MoECLIPModel.from_pretrained(
                 source, dtype=dtype, revision=revision or "main", use_safetensors=True, output_loading_info=True
             )
@@ -93,7 +93,7 @@ def _usable_device(device: str | torch.device) -> torch.device:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers from printing anything below an error."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
