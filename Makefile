@@ -37,6 +37,7 @@ quality: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.forward
+	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.metrics
 
 clean:
