@@ -2,6 +2,7 @@
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 _FOCAL_GAMMA = 2
 # Smooths the focal loss's target and keeps its logarithm finite.
@@ -41,21 +42,35 @@ def dice_loss(probability: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     return (1 - (2 * overlap + 1) / (total + 1)).mean(dim=0)
 
 
+def map_loss(anomaly_logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """
+    Focal loss, dice of the normal and dice of the abnormal area, summed over the given maps.
+
+    Args:
+        anomaly_logits (`torch.Tensor`): (B, M, h, w), logit of abnormal minus logit of normal, per patch.
+        masks (`torch.Tensor`): (B, 1, H, W), 0 or 1.
+    """
+    upsampled = F.interpolate(anomaly_logits, size=masks.shape[-2:], mode="bilinear", align_corners=True)
+    abnormal = upsampled.sigmoid()
+    losses = focal_loss(abnormal, masks) + dice_loss(1 - abnormal, 1 - masks) + dice_loss(abnormal, masks)
+    return losses.sum()
+
+
 def segmentation_loss(anomaly_logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """
     L_seg: focal loss, dice of the normal and dice of the abnormal area, summed over the maps.
 
     A softmax over two logits is a sigmoid of their difference, and upsampling is linear: one channel a map is enough.
+    The maps are taken one after the other, and in the backward pass again: a map of the images' size stays in the
+    processor's cache, and none has to be kept.
 
     Args:
         anomaly_logits (`torch.Tensor`): (B, M, h, w), logit of abnormal minus logit of normal, per patch.
         masks (`torch.Tensor`): (B, H, W) or (B, 1, H, W); any value but 0 is abnormal.
     """
     masks = (masks if masks.dim() == 4 else masks.unsqueeze(1)).ne(0).to(anomaly_logits.dtype)
-    upsampled = F.interpolate(anomaly_logits, size=masks.shape[-2:], mode="bilinear", align_corners=True)
-    abnormal = upsampled.sigmoid()
-    losses = focal_loss(abnormal, masks) + dice_loss(1 - abnormal, 1 - masks) + dice_loss(abnormal, masks)
-    return losses.sum()
+    maps = anomaly_logits.split(1, dim=1)
+    return torch.stack([checkpoint(map_loss, one, masks, use_reentrant=False) for one in maps]).sum()
 
 
 def classification_loss(logits_per_image: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -69,4 +84,4 @@ def classification_loss(logits_per_image: torch.Tensor, labels: torch.Tensor) ->
     return F.cross_entropy(logits_per_image, labels.long())
 
 
-__all__ = ["classification_loss", "dice_loss", "focal_loss", "segmentation_loss"]
+__all__ = ["classification_loss", "dice_loss", "focal_loss", "map_loss", "segmentation_loss"]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
@@ -386,8 +387,13 @@ class MoECLIPModel(CLIPModel):
         patch_embeds = [
             embeds
             for tap, layer in enumerate(self.config.feature_layers)
-            for embeds in self.patch_projection(
-                taps[layer].unflatten(1, grid), normalised[layer].unflatten(1, grid), norm_bias, tap
+            # Windows overlap: what they keep for the backward pass is many times what they are made of.
+            for embeds in _computed_again(
+                self.patch_projection,
+                taps[layer].unflatten(1, grid),
+                normalised[layer].unflatten(1, grid),
+                norm_bias,
+                tap,
             )
         ]
         image_embeds = self.depthwise_adapter(normalised[self.config.image_feature_layer])
@@ -428,6 +434,12 @@ class MoECLIPModel(CLIPModel):
         """L = L_seg + L_ac + the ETF and the balance term by their coefficients."""
         weights = {"etf": self.config.etf_loss_coef, "balance": self.config.router_aux_loss_coef}
         return torch.stack([weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum()
+
+
+def _computed_again(module: nn.Module, *inputs: Any) -> Any:
+    """Call a module; in training its backward pass computes again what lies between its inputs and outputs."""
+    training = module.training and torch.is_grad_enabled()
+    return checkpoint(module, *inputs, use_reentrant=False) if training else module(*inputs)
 
 
 def _check_targets(num_images: int, labels: torch.Tensor | None, masks: torch.Tensor | None) -> None:

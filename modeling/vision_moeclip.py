@@ -1,11 +1,16 @@
 """What MoECLIP's vision tower has other than CLIP's: positions for any grid, and a leaner QuickGELU."""
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
 from .moe_lora import in_float32
+
+_QUICK_GELU_SCALE = 1.702
 
 
 def interpolate_position_embeddings(embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -44,11 +49,29 @@ class MoECLIPQuickGELU(nn.Module):
     """
     `x sigmoid(1.702 x)`, CLIP's QuickGELU, to rounding.
 
-    Written through SiLU, it keeps one tensor of the widest layer for the backward pass where CLIP's own keeps two.
+    Written through SiLU, it keeps one tensor of the widest layer for the backward pass where CLIP's own keeps two, and
+    goes over it once there.
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.silu(1.702 * hidden_states).div_(1.702)
+        if torch.is_grad_enabled() and hidden_states.requires_grad:
+            return _ScaledSiLU.apply(hidden_states)
+        return F.silu(_QUICK_GELU_SCALE * hidden_states).div_(_QUICK_GELU_SCALE)
+
+
+class _ScaledSiLU(torch.autograd.Function):
+    """`silu(a x) / a`, whose derivative is silu's at a x: the scale drops out."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        scaled = _QUICK_GELU_SCALE * hidden_states
+        ctx.save_for_backward(scaled)
+        return F.silu(scaled).div_(_QUICK_GELU_SCALE)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.silu_backward(gradient, *ctx.saved_tensors)
 
 
 __all__ = ["MoECLIPQuickGELU", "MoECLIPVisionEmbeddings", "interpolate_position_embeddings"]
