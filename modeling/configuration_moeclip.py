@@ -25,6 +25,14 @@ def quarters(depth: int) -> list[int]:
     return sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3, 4)})
 
 
+def _unregistered(custom_pipelines: dict[str, Any]) -> dict[str, Any]:
+    """A repository's pipelines, but for those that are registered: they need no code of the repository."""
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    tasks = PIPELINE_REGISTRY.get_supported_tasks()
+    return {task: pipeline for task, pipeline in custom_pipelines.items() if task not in tasks}
+
+
 def _is_ascending(values: Iterable[int]) -> bool:
     return all(a < b for a, b in pairwise(values))
 
@@ -127,6 +135,8 @@ class MoECLIPConfig(CLIPConfig):
         taps = config_dict.get("feature_layers")
         if "feature_layers" in settings and taps and config_dict.get("image_feature_layer") == taps[-1]:
             settings.setdefault("image_feature_layer", None)
+        if "custom_pipelines" in config_dict:
+            config_dict = config_dict | {"custom_pipelines": _unregistered(config_dict["custom_pipelines"])}
         return super().from_dict({**config_dict, **settings}, **kwargs)
 
     def validate_architecture(self) -> None:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -107,25 +107,32 @@ class MoECLIPImageProcessor(BaseImageProcessor):
         return pixels.sub_(mean).div_(std)
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(file: str | Path | IO[bytes], name: str | None = None) -> Image.Image:
     """
     Open an image file upright, as its EXIF orientation tells.
+
+    Args:
+        file: a path, or an open file.
+        name (`str`, *optional*): what errors call it; by default the path.
 
     Raises:
         ValueError: if the file is missing, or is not an image that can be read to its end.
     """
+    name = name or str(file)
     try:
-        image = Image.open(path)
+        image = Image.open(file)
         image.load()
         return ImageOps.exif_transpose(image)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file.") from None
+        raise ValueError(f"{name}: no such file.") from None
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"{path}: {error} If you trust it, cut it into parts or raise PIL.Image.MAX_IMAGE_PIXELS."
+            f"{name}: {error} If you trust it, cut it into parts or raise PIL.Image.MAX_IMAGE_PIXELS."
         ) from error
+    except UnidentifiedImageError:
+        raise ValueError(f"{name}: cannot be read as an image (its format is not known).") from None
     except Exception as error:  # decoders raise whatever a damaged file leads them to
-        raise ValueError(f"{path}: cannot be read as an image ({error}).") from error
+        raise ValueError(f"{name}: cannot be read as an image ({error}).") from error
 
 
 def to_rgb(image: ImageLike) -> Image.Image:

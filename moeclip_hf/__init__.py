@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
     from moeclip_hf.modeling.image_processing_moeclip import MoECLIPImageProcessor
     from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel, MoECLIPOutput
+    from moeclip_hf.modeling.pipeline_moeclip import ZeroShotAnomalyDetectionPipeline
     from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
 
 _HOMES = {
@@ -23,6 +24,7 @@ _HOMES = {
     "MoECLIPModel": "moeclip_hf.modeling.modeling_moeclip",
     "MoECLIPOutput": "moeclip_hf.modeling.modeling_moeclip",
     "MoECLIPProcessor": "moeclip_hf.modeling.processing_moeclip",
+    "ZeroShotAnomalyDetectionPipeline": "moeclip_hf.modeling.pipeline_moeclip",
 }
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "MoECLIPModel",
     "MoECLIPOutput",
     "MoECLIPProcessor",
+    "ZeroShotAnomalyDetectionPipeline",
     "__version__",
 ]
 

@@ -1,10 +1,11 @@
-"""Makes MoECLIP known to transformers' Auto classes and to PEFT without importing either.
+"""Makes MoECLIP known to transformers' Auto classes and pipelines and to PEFT without importing any.
 
 `import moeclip_hf` has to register with the Auto classes, and importing those takes seconds that `moeclip --help`
 should not. The Auto classes themselves are lazy: they hold names, and import `transformers.models.<model type>` when a
 name is first used. So MoECLIP's names join theirs once their modules are imported, by whomever, and this package
 answers as `transformers.models.moeclip`. Where the Auto classes are there already, the classes are registered at once.
-PEFT's adapter types are a plain enumeration: once PEFT is imported, the tuner is, and adds its own.
+Pipelines and PEFT's adapter types are plain tables of classes: once either is imported, MoECLIP's part is, and adds
+its own.
 """
 
 import importlib
@@ -24,12 +25,19 @@ _NAMES: dict[str, tuple[str, Any]] = {
     "transformers.models.auto.image_processing_auto": ("IMAGE_PROCESSOR_MAPPING_NAMES", _IMAGE_PROCESSORS),
     "transformers.models.auto.processing_auto": ("PROCESSOR_MAPPING_NAMES", "MoECLIPProcessor"),
 }
+PIPELINE_TASK = "zero-shot-anomaly-detection"
+_PIPELINES = "transformers.pipelines"
 
 
 def _register_with(module: ModuleType) -> None:
     """Register with a module that has just been imported."""
     if module.__name__ == "peft":
         importlib.import_module("moeclip_hf.tuner")
+    elif module.__name__ == _PIPELINES:
+        pipeline = importlib.import_module("moeclip_hf.modeling.pipeline_moeclip")
+        module.PIPELINE_REGISTRY.register_pipeline(
+            PIPELINE_TASK, pipeline.ZeroShotAnomalyDetectionPipeline, pt_model=module.AutoModel, type="image"
+        )
     else:
         table, name = _NAMES[module.__name__]
         getattr(module, table)[_MODEL_TYPE] = name
@@ -83,17 +91,17 @@ def _register_now() -> None:
 
 def register(package: ModuleType) -> None:
     """
-    Register with the Auto classes and PEFT, now or when they are imported.
+    Register with the Auto classes, pipelines and PEFT, now or when they are imported.
 
     Args:
         package (`ModuleType`): `moeclip_hf`, which gives the classes by name.
     """
-    awaited = {*_NAMES, "peft"} - set(sys.modules)
+    awaited = {*_NAMES, _PIPELINES, "peft"} - set(sys.modules)
     if "transformers.models.auto.configuration_auto" in awaited:
         sys.modules[f"transformers.models.{_MODEL_TYPE}"] = package
     else:
         _register_now()
         awaited -= set(_NAMES)
-    if "peft" not in awaited:
-        _register_with(sys.modules["peft"])
+    for name in {_PIPELINES, "peft"} - awaited:
+        _register_with(sys.modules[name])
     sys.meta_path.insert(0, _RegisteringFinder(awaited))
