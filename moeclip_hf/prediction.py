@@ -13,8 +13,8 @@ from PIL import Image
 
 from moeclip_hf.errors import MoECLIPError, UnreadableImageError
 from moeclip_hf.modeling.image_processing_moeclip import to_rgb
-from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
-from moeclip_hf.pretrained import Pretrained
+from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor, find_regions, upsample
+from moeclip_hf.pretrained import Detector, Pretrained
 from moeclip_hf.reading import read_ahead
 from moeclip_hf.tiling import Tiling, detect_in_tiles
 
@@ -43,6 +43,35 @@ class Prediction:
     anomaly_map: np.ndarray | None = None
     regions: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class Detection:
+    """
+    What a model finds in an image before any threshold, which can then be moved without running it again.
+
+    It is small, whatever the size of the image: the map is kept on the patch grid, and enlarged where it is asked for.
+
+    Args:
+        score: 0 to 1.
+        grid: (h, w), the smoothed anomaly map, 0 to 1, on the CPU.
+        image_size: (H, W) in pixels.
+    """
+
+    score: float
+    grid: torch.Tensor
+    image_size: tuple[int, int]
+
+    def anomaly_map(self, size: tuple[int, int] | None = None) -> np.ndarray:
+        """The map at a size (H, W), by default the image's own: 0 to 1, float32."""
+        return self._enlarged(size or self.image_size).numpy()
+
+    def regions(self, pixel_threshold: float) -> list[dict[str, Any]]:
+        """Regions of the map from a value on, as in [`Prediction`], in pixels of the image."""
+        return find_regions(self._enlarged(self.image_size), pixel_threshold)
+
+    def _enlarged(self, size: tuple[int, int]) -> torch.Tensor:
+        return upsample(self.grid.unsqueeze(0), size)[0]
 
 
 def find_images(sources: Iterable[str | Path], exclude: Path | None = None) -> list[Path]:
@@ -104,7 +133,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def predict(
-    pretrained: Pretrained,
+    detector: Detector,
     paths: Iterable[Path],
     class_name: str = "object",
     batch_size: int = 8,
@@ -119,7 +148,7 @@ def predict(
     A file that cannot be read yields a prediction with its `error`; the rest goes on.
 
     Args:
-        pretrained ([`Pretrained`]): from [`load_pretrained`].
+        detector ([`Detector`]): such as from [`load_pretrained`].
         paths: of the files.
         class_name (`str`): what the images show, such as "metal nut".
         batch_size (`int`): images, or tiles, computed at once; no score depends on it.
@@ -128,24 +157,38 @@ def predict(
             from [`input_size`].
         tiling ([`Tiling`], *optional*): cut images into tiles, for those far larger than the model's input.
     """
-    anchors = class_anchors(pretrained, class_name)
+    encoded_class = detector.encode_class(class_name)
     images_at_once = 1 if tiling else batch_size
     for batch in _batches(read_ahead(_read, paths, depth=2 * images_at_once), images_at_once):
         readable = [prediction for prediction in batch if prediction.image is not None]
         images = [prediction.image for prediction in readable if prediction.image is not None]
         if tiling:
             results = [
-                detect_in_tiles(pretrained, image, anchors, tiling, batch_size, threshold, pixel_threshold, size)
+                detect_in_tiles(detector, image, encoded_class, tiling, batch_size, threshold, pixel_threshold, size)
                 for image in images
             ]
         else:
-            results = _detect(pretrained, images, anchors, threshold, pixel_threshold, size)
+            results = _detect(detector, images, encoded_class, threshold, pixel_threshold, size)
         for prediction, result in zip(readable, results, strict=True):
             prediction.score = result["score"]
             prediction.is_anomalous = result["is_anomalous"]
             prediction.anomaly_map = result["map"].cpu().numpy()
             prediction.regions = result["regions"]
         yield from batch
+
+
+def detect(pretrained: Pretrained, image: Image.Image, anchors: torch.Tensor) -> Detection:
+    """
+    Score one image, and keep what its verdict and regions are made from.
+
+    Args:
+        pretrained ([`Pretrained`]): from [`load_pretrained`].
+        image: RGB, from [`read_image`].
+        anchors (`torch.Tensor`): (1, 2, D), from [`class_anchors`].
+    """
+    # Without a size of its own, a map is its grid of patches.
+    (result,) = _detect(pretrained, [image], anchors, at_image_size=False)
+    return Detection(result["score"], result["map"].float().cpu(), (image.height, image.width))
 
 
 def input_size(processor: MoECLIPProcessor, image_size: int | None, keep_aspect: bool) -> dict[str, int]:
@@ -169,15 +212,16 @@ def input_size(processor: MoECLIPProcessor, image_size: int | None, keep_aspect:
 
 
 def _detect(
-    pretrained: Pretrained,
+    detector: Detector,
     images: list[Image.Image],
-    anchors: torch.Tensor,
-    threshold: float | None,
-    pixel_threshold: float | None,
-    size: dict[str, int] | None,
+    encoded_class: torch.Tensor,
+    threshold: float | None = None,
+    pixel_threshold: float | None = None,
+    size: dict[str, int] | None = None,
+    at_image_size: bool = True,
 ) -> list[dict[str, Any]]:
     """Verdicts of whole images; those that keep unlike aspect ratios are computed apart."""
-    model, processor = pretrained
+    processor = detector.processor
     by_shape: dict[tuple[int, ...], list[int]] = {}
     pixels = processor(images=images, size=size)["pixel_values"] if images else []
     for index, image_pixels in enumerate(pixels):
@@ -185,23 +229,16 @@ def _detect(
     results: dict[int, dict[str, Any]] = {}
     for indices in by_shape.values():
         pixel_values = torch.from_numpy(np.stack([pixels[index] for index in indices]))
-        with torch.inference_mode():
-            outputs = model(pixel_values.to(model.device, model.dtype), text_embeds=anchors)
-        sizes = [(images[index].height, images[index].width) for index in indices]
-        found = processor.post_process_anomaly_detection(outputs, sizes, threshold, pixel_threshold)
+        grids, scores = detector.patch_maps(pixel_values, encoded_class)
+        sizes = [(images[index].height, images[index].width) for index in indices] if at_image_size else None
+        found = processor.read_patch_maps(grids, scores, sizes, threshold, pixel_threshold)
         results.update(zip(indices, found, strict=True))
     return [results[index] for index in range(len(images))]
 
 
 def class_anchors(pretrained: Pretrained, class_name: str) -> torch.Tensor:
     """Anchors of one class, (1, 2, D), computed once for all its images."""
-    model, processor = pretrained
-    try:
-        prompts = processor(text=[class_name], return_tensors="pt").to(model.device)
-    except ValueError as error:
-        raise MoECLIPError(f"class name {class_name[:60]!r}: {error}") from error
-    with torch.inference_mode():
-        return model.get_text_embeds(**prompts)
+    return pretrained.encode_class(class_name)
 
 
 def _read(path: Path) -> Prediction:

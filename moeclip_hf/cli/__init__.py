@@ -5,6 +5,7 @@ import sys
 import typer
 
 from moeclip_hf._version import __version__
+from moeclip_hf.cli.app import app as page
 from moeclip_hf.cli.benchmarks import benchmarks
 from moeclip_hf.cli.calibrate import calibrate
 from moeclip_hf.cli.convert import convert
@@ -27,6 +28,7 @@ app.command()(explain)
 app.command()(train)
 app.command()(evaluate)
 app.command()(calibrate)
+app.command("app")(page)
 app.add_typer(benchmarks, name="benchmarks")
 app.add_typer(convert, name="convert")
 
