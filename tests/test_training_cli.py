@@ -1,6 +1,8 @@
 """`moeclip train` and examples/train.py."""
 
 import json
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +39,31 @@ def test_command_trains_from_a_plain_clip_to_a_usable_checkpoint(tmp_path, token
     recipe = json.loads((output / "recipe.json").read_text())
     assert (recipe["halve_at"], recipe["augment"], recipe["batch_size"]) == ([2, 3], False, 6)
     assert list(output.rglob("events.out.tfevents*"))
+    assert "'images_per_second'" in result.output and "'expert_cosine'" in result.output  # a line a log
+
+
+def test_a_terminal_sees_a_progress_bar_with_loss_and_speed(tmp_path, tokenizer):
+    clip, data = write_plain_clip(tmp_path / "clip", tokenizer), write_folder(tmp_path / "data")
+    options = ["--dataset", data, "--clip", clip, "--output-dir", tmp_path / "out", "--max-steps", "2", "--batch-size",
+               "4", "--num-workers", "0", "--tracker", "none", "--cpu", "--logging-steps", "1"]  # fmt: skip
+    terminal, other_end = pty.openpty()
+    with subprocess.Popen([sys.executable, EXAMPLE, *options], stdout=other_end, stderr=other_end) as process:
+        os.close(other_end)
+        seen = b""
+        while chunk := read_or_nothing(terminal):
+            seen += chunk
+    os.close(terminal)
+    assert process.returncode == 0, seen.decode()
+    assert "2/2" in seen.decode()
+    assert all(f"{name}=" in seen.decode() for name in ("loss", "lr", "images/s"))
+    assert "'loss'" not in seen.decode()
+
+
+def read_or_nothing(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 1 << 16)
+    except OSError:  # the other end is closed
+        return b""
 
 
 def test_errors_are_one_line_and_status_1_and_wrong_usage_is_status_2(tmp_path):

@@ -1,5 +1,6 @@
 """`moeclip train`: from a plain CLIP and a data set with masks to a checkpoint."""
 
+import sys
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
@@ -142,6 +143,8 @@ def train(
         activation_checkpointing=activation_checkpointing,
         bf16=precision is Precision.bf16,
         fp16=precision is Precision.fp16,
+        # A bar for people, a line a log for files. By itself the trainer would ask transformers' verbosity.
+        disable_tqdm=not sys.stderr.isatty(),
     )
     rows = load_data(dataset, data_dir, split, classes.split(",") if classes else None)
     model, processor = start_model(
