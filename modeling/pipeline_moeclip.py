@@ -1,4 +1,4 @@
-"""The pipeline "zero-shot-anomaly-detection": images and what they show in; scores, verdicts, regions, heat maps out."""
+"""The pipeline "zero-shot-anomaly-detection": images and a class name in; scores, verdicts and heat maps out."""
 
 import base64
 import os
@@ -39,6 +39,7 @@ class ZeroShotAnomalyDetectionPipeline(Pipeline):
     With the package `moeclip_hf` imported it runs the package's code, and takes no `trust_remote_code`.
     """
 
+    processor: Any
     _load_processor = True
     _load_tokenizer = False
     _load_image_processor = False
@@ -104,7 +105,7 @@ class ZeroShotAnomalyDetectionPipeline(Pipeline):
     def preprocess(
         self, inputs: Any, class_name: str = "object", timeout: float | None = None
     ) -> dict[str, list[Any]]:
-        """An image's pixels, its class name and its size, in lists of one: images of unlike shapes make a batch, too."""
+        """Pixels, class name and size of an image, in lists of one, so that images of unlike shapes make a batch."""
         if isinstance(inputs, dict):
             inputs, class_name = inputs["image"], inputs.get("class_name", class_name)
         image = read_image(inputs, timeout)

@@ -9,6 +9,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from moeclip_hf.errors import CheckpointError
+from moeclip_hf.hub_errors import describe_hub_error
 from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 from moeclip_hf.pretrained import quiet_transformers
@@ -140,7 +141,8 @@ def load_adapter(
                 base, config=_base_config(base, config.base_settings), output_loading_info=True, **base_kwargs
             )
     except Exception as error:
-        raise CheckpointError(f"{base}: cannot be loaded as the base of {adapter}: {_one_line(error)}") from error
+        reason = describe_hub_error(error, str(base)) or _one_line(error)
+        raise CheckpointError(f"{base}: cannot be loaded as the base of {adapter}: {reason}") from error
     lacking = sorted(key for key in report["missing_keys"] if not key.startswith(MOECLIP_HEADS))
     if lacking:
         raise CheckpointError(f"{base}: lacks {len(lacking)} of the weights of a CLIP ({lacking[0]}, ...).")
