@@ -41,9 +41,10 @@ def blur_matrix(length: int, kernel_size: int, sigma: float) -> torch.Tensor:
     offsets = torch.arange(kernel_size) - kernel_size // 2
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
     kernel = kernel / kernel.sum()
-    period = max(2 * (length - 1), 1)
-    reflected = (torch.arange(length).unsqueeze(1) + offsets).remainder(period)
-    source = torch.minimum(reflected, period - reflected) if length > 1 else torch.zeros_like(reflected)
+    places = torch.arange(length)
+    period = (2 * places[-1]).clamp_min(1)  # a tensor, so that a graph of any grid can be exported
+    reflected = (places.unsqueeze(1) + offsets).remainder(period)
+    source = torch.minimum(reflected, period - reflected)
     return torch.zeros(length, length).scatter_add_(1, source, kernel.expand(length, -1))
 
 
@@ -212,17 +213,33 @@ class MoECLIPProcessor(ProcessorMixin):
             (`bool`) and `regions`, a list of dicts with `box` ([left, top, right, bottom] in pixels, the last two
             exclusive), `area` (pixels) and `score` (the map's maximum within), highest score first.
         """
-        domain = domain or self.domain
-        grids = smooth(outputs.anomaly_logits.sigmoid().mean(dim=1), domain)
+        return self.read_patch_maps(
+            *patch_maps(outputs, domain or self.domain), target_sizes, threshold, pixel_threshold
+        )
+
+    def read_patch_maps(
+        self,
+        grids: torch.Tensor,
+        scores: torch.Tensor,
+        target_sizes: Any = None,
+        threshold: float | None = None,
+        pixel_threshold: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """
+        Read verdicts off smoothed maps and scores, as [`patch_maps`] or an exported graph gives them.
+
+        Args:
+            grids (`torch.Tensor`): (B, h, w), 0 to 1.
+            scores (`torch.Tensor`): (B,), 0 to 1.
+            target_sizes, threshold, pixel_threshold: as for
+                [`~MoECLIPProcessor.post_process_anomaly_detection`], which returns the same.
+        """
         if target_sizes is None:
             target_sizes = [(grids.shape[-2], grids.shape[-1])] * len(grids)
         elif len(target_sizes) == 2 and all(isinstance(edge, int) for edge in target_sizes):
             target_sizes = [target_sizes] * len(grids)
         if len(target_sizes) != len(grids):
             raise ValueError(f"There are {len(target_sizes)} target_sizes for {len(grids)} images.")
-        scores = grids.flatten(1).amax(dim=1)
-        if domain == "industrial":
-            scores = (scores + outputs.logits_per_image.softmax(dim=1)[:, 1]) / 2
         threshold = self.image_threshold if threshold is None else threshold
         pixel_threshold = self.pixel_threshold if pixel_threshold is None else pixel_threshold
         results = []
@@ -237,6 +254,24 @@ class MoECLIPProcessor(ProcessorMixin):
                 }
             )
         return results
+
+
+def patch_maps(outputs: MoECLIPOutput, domain: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Maps on the patch grid and scores, as [`MoECLIPProcessor.post_process_anomaly_detection`] describes them.
+
+    Args:
+        outputs ([`MoECLIPOutput`])
+        domain (`str`): `"industrial"` or `"medical"`.
+
+    Returns:
+        Maps (B, h, w) and scores (B,), both 0 to 1.
+    """
+    grids = smooth(outputs.anomaly_logits.sigmoid().mean(dim=1), domain)
+    scores = grids.flatten(1).amax(dim=1)
+    if domain == "industrial":
+        scores = (scores + outputs.logits_per_image.softmax(dim=1)[:, 1]) / 2
+    return grids, scores
 
 
 def smooth(grids: torch.Tensor, domain: str) -> torch.Tensor:
@@ -286,4 +321,4 @@ def _checked_domain(domain: str) -> str:
     return domain
 
 
-__all__ = ["MoECLIPProcessor", "blur_matrix", "compose_prompts", "find_regions", "smooth", "upsample"]
+__all__ = ["MoECLIPProcessor", "blur_matrix", "compose_prompts", "find_regions", "patch_maps", "smooth", "upsample"]

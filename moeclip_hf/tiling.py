@@ -11,7 +11,7 @@ from PIL import Image
 
 from moeclip_hf.errors import MoECLIPError
 from moeclip_hf.modeling.processing_moeclip import find_regions, upsample
-from moeclip_hf.pretrained import Pretrained
+from moeclip_hf.pretrained import Detector
 
 _MAX_OVERLAP = 0.9
 
@@ -42,9 +42,9 @@ class Tiling:
 
 
 def detect_in_tiles(
-    pretrained: Pretrained,
+    detector: Detector,
     image: Image.Image,
-    anchors: torch.Tensor,
+    encoded_class: torch.Tensor,
     tiling: Tiling,
     batch_size: int = 8,
     threshold: float | None = None,
@@ -61,9 +61,9 @@ def detect_in_tiles(
     Beside the image, memory holds its map, what finds regions in it, and one batch of tiles.
 
     Args:
-        pretrained ([`Pretrained`]): from [`load_pretrained`].
+        detector ([`Detector`]): such as from [`load_pretrained`].
         image (`PIL.Image.Image`): RGB, W x H.
-        anchors (`torch.Tensor`): (1, 2, D), from [`class_anchors`].
+        encoded_class (`torch.Tensor`): from [`Detector.encode_class`].
         tiling ([`Tiling`])
         batch_size (`int`): tiles computed at once; no result depends on it.
         threshold, pixel_threshold (`float`, *optional*): of the verdict and of regions, instead of the processor's.
@@ -73,7 +73,7 @@ def detect_in_tiles(
         A dict as for a whole image: `score` (`float`, 0 to 1), `map` (`torch.Tensor` of shape (H, W), float32, on the
         CPU, 0 to 1), `is_anomalous` (`bool`) and `regions`.
     """
-    model, processor = pretrained
+    processor = detector.processor
     input_size = size or processor.image_processor.size
     height, width = _tile_shape(tiling, input_size, image)
     rows = _blending_weights(image.height, height, tiling.overlap)
@@ -85,13 +85,10 @@ def detect_in_tiles(
         batch = places[first : first + batch_size]
         tiles = [image.crop((left, top, left + width, top + height)) for (top, _), (left, _) in batch]
         pixel_values = processor(images=tiles, size=input_size, return_tensors="pt")["pixel_values"]
-        with torch.inference_mode():
-            outputs = model(pixel_values.to(model.device, model.dtype), text_embeds=anchors)
-            # Without a size of its own, a tile's map is its grid of patches.
-            results = processor.post_process_anomaly_detection(outputs)
-        score = max(score, *(result["score"] for result in results))
-        for ((top, row_weights), (left, column_weights)), result in zip(batch, results, strict=True):
-            tile = upsample(result["map"].cpu().unsqueeze(0), (height, width))[0].numpy()
+        grids, scores = detector.patch_maps(pixel_values, encoded_class)
+        score = max(score, *scores.tolist())
+        for ((top, row_weights), (left, column_weights)), grid in zip(batch, grids.cpu(), strict=True):
+            tile = upsample(grid.unsqueeze(0), (height, width))[0].numpy()
             tile *= row_weights[:, np.newaxis]
             tile *= column_weights
             blended[top : top + height, left : left + width] += tile
