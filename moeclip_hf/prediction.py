@@ -186,9 +186,9 @@ def detect(pretrained: Pretrained, image: Image.Image, anchors: torch.Tensor) ->
         image: RGB, from [`read_image`].
         anchors (`torch.Tensor`): (1, 2, D), from [`class_anchors`].
     """
-    # Without a size of its own, a map is its grid of patches.
-    (result,) = _detect(pretrained, [image], anchors, at_image_size=False)
-    return Detection(result["score"], result["map"].float().cpu(), (image.height, image.width))
+    pixel_values = pretrained.processor(images=image, return_tensors="pt")["pixel_values"]
+    grids, scores = pretrained.patch_maps(pixel_values, anchors)
+    return Detection(scores.item(), grids[0].float().cpu(), (image.height, image.width))
 
 
 def input_size(processor: MoECLIPProcessor, image_size: int | None, keep_aspect: bool) -> dict[str, int]:
@@ -215,10 +215,9 @@ def _detect(
     detector: Detector,
     images: list[Image.Image],
     encoded_class: torch.Tensor,
-    threshold: float | None = None,
-    pixel_threshold: float | None = None,
-    size: dict[str, int] | None = None,
-    at_image_size: bool = True,
+    threshold: float | None,
+    pixel_threshold: float | None,
+    size: dict[str, int] | None,
 ) -> list[dict[str, Any]]:
     """Verdicts of whole images; those that keep unlike aspect ratios are computed apart."""
     processor = detector.processor
@@ -230,7 +229,7 @@ def _detect(
     for indices in by_shape.values():
         pixel_values = torch.from_numpy(np.stack([pixels[index] for index in indices]))
         grids, scores = detector.patch_maps(pixel_values, encoded_class)
-        sizes = [(images[index].height, images[index].width) for index in indices] if at_image_size else None
+        sizes = [(images[index].height, images[index].width) for index in indices]
         found = processor.read_patch_maps(grids, scores, sizes, threshold, pixel_threshold)
         results.update(zip(indices, found, strict=True))
     return [results[index] for index in range(len(images))]
