@@ -1,10 +1,13 @@
 """`moeclip train` and examples/train.py."""
 
+import fcntl
 import json
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,7 @@ def test_a_terminal_sees_a_progress_bar_with_loss_and_speed(tmp_path, tokenizer)
     options = ["--dataset", data, "--clip", clip, "--output-dir", tmp_path / "out", "--max-steps", "2", "--batch-size",
                "4", "--num-workers", "0", "--tracker", "none", "--cpu", "--logging-steps", "1"]  # fmt: skip
     terminal, other_end = pty.openpty()
+    fcntl.ioctl(other_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     with subprocess.Popen([sys.executable, EXAMPLE, *options], stdout=other_end, stderr=other_end) as process:
         os.close(other_end)
         seen = b""
