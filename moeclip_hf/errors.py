@@ -4,7 +4,8 @@
     ├── UnreadableImageError      an image file or array cannot be read as an image
     ├── CheckpointError           a model folder, adapter or processor cannot be used
     │   └── ConversionError       a checkpoint of another format does not fit
-    └── DatasetError              a data set's tree, index or masks are not as they should be
+    ├── DatasetError              a data set's tree, index or masks are not as they should be
+    └── PublishingError           the Hub does not take what is pushed
 
 The `moeclip` command turns any of them into one line on standard error and exit status 1. All are `ValueError`s, so
 that code which knows nothing of this package can catch them.
@@ -29,3 +30,7 @@ class ConversionError(CheckpointError):
 
 class DatasetError(MoECLIPError):
     """A data set's tree, index or masks are not as they should be."""
+
+
+class PublishingError(MoECLIPError):
+    """The Hub does not take what is pushed: no login, no rights, no connection."""

@@ -34,14 +34,14 @@ def describe_hub_error(error: BaseException, repo_id: str, revision: str | None 
                 return f"{repo_id}: has no file {_requested_file(cause)}; it may have been moved."
             case errors.HfHubHTTPError():
                 return _describe_status(cause, repo_id)
+    not_cached = any(isinstance(cause, _NOT_CACHED) for cause in chain)
+    copy = ", and the cache has no copy" if not_cached else ""
     if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in chain) or (
-        constants.HF_HUB_OFFLINE and any(isinstance(cause, _NOT_CACHED) for cause in chain)
+        constants.HF_HUB_OFFLINE and not_cached
     ):
-        return (
-            f"{repo_id}: is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub: load it online once."
-        )
-    if any(isinstance(cause, _NOT_CACHED) or _is_about_network(cause) for cause in chain):
-        return f"{repo_id}: the connection to {constants.ENDPOINT} failed, and the cache lacks it: try again."
+        return f"{repo_id}: the Hub is not asked while HF_HUB_OFFLINE is set{copy}."
+    if not_cached or any(_is_about_network(cause) for cause in chain):
+        return f"{repo_id}: the connection to {constants.ENDPOINT} failed{copy}: try again."
     return None
 
 

@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE_FILES = ("*.safetensors", "*.png", "*.bin")
 _ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LARGE_FILES)
-_DATE = "2026-01-01T00:00:00.000Z"
+_POINTER_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class File:
 
     @property
     def lfs(self) -> dict[str, Any]:
-        return {"lfs": {"oid": self.sha256, "sha256": self.sha256, "size": self.size}} if self.sha256 else {}
+        pointer = {"oid": self.sha256, "sha256": self.sha256, "size": self.size, "pointerSize": _POINTER_SIZE}
+        return {"lfs": pointer} if self.sha256 else {}
 
 
 @dataclass

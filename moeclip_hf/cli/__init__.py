@@ -12,6 +12,7 @@ from moeclip_hf.cli.convert import convert
 from moeclip_hf.cli.evaluate import evaluate
 from moeclip_hf.cli.explain import explain
 from moeclip_hf.cli.predict import predict
+from moeclip_hf.cli.push import push
 from moeclip_hf.cli.train import train
 from moeclip_hf.errors import MoECLIPError
 
@@ -28,6 +29,7 @@ app.command()(explain)
 app.command()(train)
 app.command()(evaluate)
 app.command()(calibrate)
+app.command()(push)
 app.command("app")(page)
 app.add_typer(benchmarks, name="benchmarks")
 app.add_typer(convert, name="convert")

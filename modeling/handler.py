@@ -1,0 +1,163 @@
+"""Serves a MoECLIP repository from Hugging Face Inference Endpoints, which call `EndpointHandler`.
+
+A request is `{"inputs": image or list of images, "parameters": {...}}`. An image is a URL, base64, the bytes of a file
+or a PIL image: never a path, lest strangers read the server's files. Every error is a `ValueError` of one line, which
+Endpoints answer as a bad request.
+"""
+
+import base64
+import ipaddress
+import math
+import socket
+from io import BytesIO
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from transformers import pipeline
+
+MAX_IMAGES = 16
+MAX_BYTES = 20_000_000
+MAX_PIXELS = 50_000_000
+MAX_NAME_LENGTH = 500
+
+_TASK: Any = "zero-shot-anomaly-detection"
+_PARAMETERS = ("class_name", "threshold", "pixel_threshold", "return_heatmap")
+_TIMEOUT = 10
+_BATCH_SIZE = 4
+
+
+class EndpointHandler:
+    """
+    Answers requests, as Endpoints call it.
+
+    Args:
+        path (`str`): the repository's folder, whose own code is run.
+    """
+
+    def __init__(self, path: str = ""):
+        dtype = torch.float16 if torch.cuda.is_available() else torch.float32
+        self.detect = pipeline(_TASK, model=path, trust_remote_code=True, dtype=dtype)
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
+        """
+        Score the images of a request.
+
+        Args:
+            data: `inputs`, and optional `parameters`: `class_name` (what the images show; "object" by default),
+                `threshold` and `pixel_threshold` (0 to 1; by default those of the checkpoint), `return_heatmap`.
+
+        Returns:
+            A dict for an image, a list of them for a list: `score` (0 to 1), `is_anomalous`, `regions` (dicts with
+            `box` [left, top, right, bottom], `area` and `score`), `width`, `height` and, with `return_heatmap`,
+            `heatmap`, a grey PNG of the image's size in base64.
+
+        Raises:
+            ValueError: for a request that cannot be answered.
+        """
+        parameters = _checked_parameters(data.get("parameters") or {})
+        with_heatmap = parameters.pop("return_heatmap", False)
+        inputs = data.get("inputs")
+        given = inputs if isinstance(inputs, list) else [inputs]
+        if not 1 <= len(given) <= MAX_IMAGES:
+            raise ValueError(f"A request takes 1 to {MAX_IMAGES} images, not {len(given)}.")
+        results = self.detect([read_image(image) for image in given], batch_size=_BATCH_SIZE, **parameters)
+        answers = [_answer(result, with_heatmap) for result in results]
+        return answers if isinstance(inputs, list) else answers[0]
+
+
+def read_image(source: Any) -> bytes | Image.Image:
+    """
+    Take an image of a request, if it is one and not too large.
+
+    Raises:
+        ValueError: saying why not.
+    """
+    if isinstance(source, Image.Image):
+        _check_pixels(source)
+        return source
+    if isinstance(source, str):
+        data = _download(source) if source.startswith(("http://", "https://")) else _decode_base64(source)
+    elif isinstance(source, (bytes, bytearray)):
+        data = bytes(source)
+    else:
+        raise ValueError(f"An image is a URL, base64 or bytes, not {type(source).__name__}.")
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"An image has at most {MAX_BYTES} bytes.")
+    try:
+        with Image.open(BytesIO(data)) as image:
+            _check_pixels(image)
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError):
+        raise ValueError("An input is no image of a known format, or far too large.") from None
+    return data
+
+
+def _check_pixels(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"An image has at most {MAX_PIXELS} pixels, not {image.width} x {image.height}.")
+
+
+def _decode_base64(text: str) -> bytes:
+    encoded = "".join((text.partition(",")[2] if text.startswith("data:") else text).split())
+    if len(encoded) > MAX_BYTES * 4 // 3 + 4:
+        raise ValueError(f"An image has at most {MAX_BYTES} bytes.")
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except ValueError:
+        raise ValueError(f"An image is a URL, base64 or bytes, and this text is neither: {text[:40]!r}.") from None
+
+
+def _download(url: str) -> bytes:
+    try:
+        _refuse_private(url)
+        opener = build_opener(_CheckedRedirects)
+        with opener.open(Request(url, headers={"User-Agent": "moeclip"}), timeout=_TIMEOUT) as response:
+            return response.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{url[:200]}: cannot be fetched ({error}).") from None
+
+
+class _CheckedRedirects(HTTPRedirectHandler):
+    def redirect_request(self, request: Any, file: Any, code: Any, message: Any, headers: Any, new_url: str) -> Any:
+        _refuse_private(new_url)
+        return super().redirect_request(request, file, code, message, headers, new_url)
+
+
+def _refuse_private(url: str) -> None:
+    """Refuse addresses that only the server can reach: its own, its network's, its cloud's metadata service."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("not an address of http or https")
+    for *_, address in socket.getaddrinfo(parts.hostname, parts.port or 443):
+        if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global:
+            raise ValueError("its address is not a public one")
+
+
+def _checked_parameters(parameters: Any) -> dict[str, Any]:
+    if not isinstance(parameters, dict) or set(parameters) - set(_PARAMETERS):
+        raise ValueError(f"parameters is a dict with some of {', '.join(_PARAMETERS)}, not {str(parameters)[:200]}.")
+    name = parameters.get("class_name", "object")
+    if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > MAX_NAME_LENGTH:
+        raise ValueError(f"class_name is a printable text of 1 to {MAX_NAME_LENGTH} characters.")
+    for key in ("threshold", "pixel_threshold"):
+        value = parameters.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"{key} is a number from 0 to 1, not {str(value)[:40]!r}.")
+        if value is not None and not (math.isfinite(value) and 0 <= value <= 1):
+            raise ValueError(f"{key} is a number from 0 to 1, not {value}.")
+    if not isinstance(parameters.get("return_heatmap", False), bool):
+        raise ValueError("return_heatmap is true or false.")
+    return dict(parameters)
+
+
+def _answer(result: dict[str, Any], with_heatmap: bool) -> dict[str, Any]:
+    heatmap = result["heatmap"]
+    answer = {name: result[name] for name in ("score", "is_anomalous", "regions")}
+    answer |= {"width": heatmap.width, "height": heatmap.height}
+    if with_heatmap:
+        buffer = BytesIO()
+        heatmap.save(buffer, format="PNG")
+        answer["heatmap"] = base64.b64encode(buffer.getvalue()).decode()
+    return answer

@@ -1,0 +1,338 @@
+"""Publishing: a checkpoint or an adapter as a Hub repository that loads with the package and without it.
+
+A full checkpoint gets its code (`modeling/`, found by `auto_map` and `custom_pipelines`), a handler for Inference
+Endpoints with its requirements, and a model card. An adapter gets a model card alone: PEFT runs no code of a
+repository, and where there are both an adapter and a custom pipeline, `pipeline` loads the adapter's base instead.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import requires
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+import moeclip_hf.modeling
+from moeclip_hf.errors import CheckpointError, PublishingError
+from moeclip_hf.hub_errors import describe_hub_error
+from moeclip_hf.model_card import CardFacts, compose_card, read_evaluation
+from moeclip_hf.pretrained import ADAPTER_CONFIG, CONFIG, Pretrained, fetch_checkpoint, is_adapter, load_pretrained
+from moeclip_hf.registration import PIPELINE_TASK
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+CARD = "README.md"
+PROCESSOR = "processor_config.json"
+
+AUTO_MAP = {"AutoConfig": "configuration_moeclip.MoECLIPConfig", "AutoModel": "modeling_moeclip.MoECLIPModel"}
+CUSTOM_PIPELINES = {
+    PIPELINE_TASK: {
+        "impl": "pipeline_moeclip.ZeroShotAnomalyDetectionPipeline",
+        "pt": ["AutoModel"],
+        "type": "image",
+    }
+}
+_PROCESSOR_CLASS = "processing_moeclip.MoECLIPProcessor"
+_IMAGE_PROCESSOR_CLASS = "image_processing_moeclip.MoECLIPImageProcessor"
+
+# What is taken from a folder: the weights, and what goes with them. Nothing else leaves the user's disk.
+_WEIGHTS = {
+    False: ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    True: ("adapter_model.safetensors",),
+}
+_BESIDE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "recipe.json",
+    "training_curves.png",
+    "LICENSE*",
+)
+# What of a repository is replaced as a whole: a file of these that is no longer published is deleted.
+_OURS = ("*.safetensors", "*.safetensors.index.json", "*.py", CONFIG, ADAPTER_CONFIG, PROCESSOR, "requirements.txt")
+
+# What the code of a repository imports; the ranges are this package's own.
+_REQUIREMENTS = ("torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow", "scipy")
+
+
+def push_to_hub(
+    source: str | PathLike[str] | Pretrained,
+    repo_id: str,
+    *,
+    evaluation: str | PathLike[str] | None = None,
+    base_model: str | None = None,
+    datasets: Sequence[str] = (),
+    license: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> CommitInfo:
+    """
+    Publish a checkpoint or an adapter in one commit. Files of the repository that this replaces are deleted; a model
+    card that is there keeps what its user wrote ([`moeclip_hf.model_card`]).
+
+    Args:
+        source: a folder of a checkpoint or an adapter; or a model ([`MoECLIPModel`], or a `PeftModel` over one) with
+            its processor, as [`Pretrained`].
+        repo_id (`str`): USER/NAME; made if it is not there.
+        evaluation (path, *optional*): the `results.json` that `moeclip evaluate` wrote of these weights.
+        base_model (`str`, *optional*): Hub id of the CLIP it is made of; an adapter knows its own.
+        datasets (`Sequence[str]`, *optional*): that it was trained on.
+        license (`str`, *optional*): as the Hub names licences, such as "apache-2.0".
+        private (`bool`, *optional*): of a new repository; by default as the user's account is set.
+        revision (`str`, *optional*): branch to commit to, made if it is not there; "main" by default.
+        create_pr (`bool`): propose the commit as a pull request to a repository that is there.
+        commit_message (`str`, *optional*)
+        token (`str`, *optional*): instead of that of `hf auth login` or of HF_TOKEN.
+
+    Returns:
+        `CommitInfo` with `commit_url`, `oid`, `repo_url` and `pr_url`.
+
+    Raises:
+        CheckpointError: if the source is not what can be published, or the evaluation is of other weights.
+        PublishingError: if the Hub does not take it; says why.
+    """
+    _check_repo_id(repo_id)
+    api = HfApi(token=token)
+    with _as_folder(source) as folder:
+        facts = _facts(folder, evaluation, base_model, datasets, license)
+        repository_files(folder, repo_id, facts)  # before a repository is made
+        try:
+            if not create_pr:
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                if revision:
+                    api.create_branch(repo_id, branch=revision, exist_ok=True)
+            card = None if (folder / CARD).exists() else _card_of_repository(repo_id, revision, token)
+            files = repository_files(folder, repo_id, facts, card)
+            stale = [path for path in api.list_repo_files(repo_id, revision=revision) if _is_stale(path, files)]
+            return api.create_commit(
+                repo_id,
+                [
+                    *(CommitOperationAdd(path, content) for path, content in files.items()),
+                    *(CommitOperationDelete(path) for path in stale),
+                ],
+                commit_message=commit_message or f"Publish with moeclip-hf: {len(files)} files",
+                revision=revision,
+                create_pr=create_pr,
+            )
+        except CheckpointError:
+            raise
+        except Exception as error:  # of the Hub, of the network, or no token at all
+            reason = describe_hub_error(error, repo_id, revision)
+            raise PublishingError(
+                reason or f"{repo_id}: cannot be pushed to: {' '.join(str(error).split())}"
+            ) from error
+
+
+def write_repository(
+    source: str | PathLike[str] | Pretrained,
+    folder: str | PathLike[str],
+    repo_id: str,
+    *,
+    evaluation: str | PathLike[str] | None = None,
+    base_model: str | None = None,
+    datasets: Sequence[str] = (),
+    license: str | None = None,
+) -> list[Path]:
+    """
+    Write what [`push_to_hub`] would publish to a folder.
+
+    Args:
+        source, repo_id, evaluation, base_model, datasets, license: as of [`push_to_hub`].
+        folder (`str` or path): new, or empty.
+
+    Returns:
+        The files.
+
+    Raises:
+        CheckpointError: as [`push_to_hub`] does, or if the folder is not empty.
+    """
+    from moeclip_hf.calibration import refuse_filled_folder
+
+    _check_repo_id(repo_id)
+    target = Path(folder)
+    refuse_filled_folder(target)
+    with _as_folder(source) as checkpoint:
+        files = repository_files(checkpoint, repo_id, _facts(checkpoint, evaluation, base_model, datasets, license))
+        for name, content in files.items():
+            path = target / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            else:
+                shutil.copyfile(content, path)
+    return [target / name for name in files]
+
+
+def repository_files(folder: Path, repo_id: str, facts: CardFacts, card: str | None = None) -> dict[str, Path | bytes]:
+    """
+    Put together a repository: the content of its files, or where it lies, by name.
+
+    Args:
+        folder: of a checkpoint or an adapter.
+        repo_id (`str`): what the card calls the repository.
+        facts ([`CardFacts`]): for the card.
+        card (`str`, *optional*): the text of a card to go on from, where the folder has none.
+
+    Raises:
+        CheckpointError: if the folder is not what can be published.
+    """
+    adapter = is_adapter(folder)
+    if not (folder / PROCESSOR).exists():
+        raise CheckpointError(
+            f"{folder}: has no {PROCESSOR}: save its processor there with MoECLIPProcessor.save_pretrained."
+        )
+    files: dict[str, Path | bytes] = {
+        path.name: path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in (*_WEIGHTS[adapter], *_BESIDE))
+    }
+    if adapter:
+        config = _adapter_config(folder, facts.base_model)
+        files |= {ADAPTER_CONFIG: _json(config), PROCESSOR: folder / PROCESSOR}
+    else:
+        config = _model_config(folder)
+        files |= {CONFIG: _json(config), PROCESSOR: _json(_processor_config(folder))}
+        code = Path(next(iter(moeclip_hf.modeling.__path__)))
+        files |= {path.name: path for path in sorted(code.glob("*.py")) if path.name != "__init__.py"}
+        files["requirements.txt"] = handler_requirements().encode()
+    if (folder / CARD).exists():
+        card = (folder / CARD).read_text(encoding="utf-8")
+    composed = compose_card(folder, config, adapter, repo_id, facts, card)
+    return {CARD: composed.encode(), **files, **_shown_by_card(folder, composed, files)}
+
+
+def handler_requirements() -> str:
+    """The `requirements.txt` of a repository: what its code imports, in the ranges that this package takes."""
+    ranges = {}
+    for line in requires("moeclip-hf") or ():
+        if match := re.fullmatch(r"([\w-]+)([^;]*)", line):
+            ranges[match[1].lower().replace("-", "_")] = match[2].replace(" ", "")
+    return "".join(f"{name}{ranges[name]}\n" for name in _REQUIREMENTS)
+
+
+def _facts(
+    folder: Path,
+    evaluation: str | PathLike[str] | None,
+    base_model: str | None,
+    datasets: Sequence[str],
+    license: str | None,
+) -> CardFacts:
+    if base_model is not None and not _is_hub_id(base_model):
+        raise CheckpointError(f"base model {base_model!r} is no Hub id (USER/NAME) by which others can load it.")
+    document = read_evaluation(Path(evaluation)) if evaluation is not None else None
+    if document is not None:
+        _refuse_foreign_evaluation(folder, document, Path(str(evaluation)))
+    return CardFacts(document, base_model, tuple(datasets), license)
+
+
+def _refuse_foreign_evaluation(folder: Path, document: dict[str, Any], path: Path) -> None:
+    """Refuse to publish figures of other weights."""
+    from moeclip_hf.evaluation.protocol import weights_digest
+
+    evaluated = {(result["settings"]["dtype"], result["settings"]["weights"]) for result in document["datasets"]}
+    for dtype, digest in sorted(evaluated):
+        if weights_digest(load_pretrained(folder, device="cpu", dtype=dtype)) != digest:
+            raise CheckpointError(f"{path}: was measured with other weights than those in {folder}: evaluate these.")
+
+
+def _model_config(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / CONFIG).read_text())
+    if config.get("model_type") != "moeclip":
+        raise CheckpointError(f"{folder}: is no MoECLIP: its config.json is of type {config.get('model_type')!r}.")
+    return config | {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES}
+
+
+def _processor_config(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / PROCESSOR).read_text())
+    config["auto_map"] = {"AutoProcessor": _PROCESSOR_CLASS}
+    config["image_processor"]["auto_map"] = {"AutoImageProcessor": _IMAGE_PROCESSOR_CLASS}
+    return config
+
+
+def _adapter_config(folder: Path, base_model: str | None) -> dict[str, Any]:
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    if config.get("peft_type") != "MOE_LORA":
+        raise CheckpointError(f"{folder}: is no adapter of type MOE_LORA but of {config.get('peft_type')!r}.")
+    base = base_model or config.get("base_model_name_or_path")
+    if base is None or not _is_hub_id(base):
+        raise CheckpointError(
+            f"{folder}: names {base!r} as its base, which others cannot load: name that CLIP's Hub id as base model."
+        )
+    return config | {"base_model_name_or_path": base}
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def _check_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise PublishingError(f"{repo_id!r} is no id of a Hub repository: name it USER/NAME.") from None
+    if "/" not in repo_id:
+        raise PublishingError(f"{repo_id!r} lacks its owner: name it USER/{repo_id}.")
+
+
+def _json(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _shown_by_card(folder: Path, card: str, files: dict[str, Path | bytes]) -> dict[str, Path | bytes]:
+    """Pictures and other files of the folder that the card's text links to."""
+    shown: dict[str, Path | bytes] = {}
+    for link in re.findall(r"\]\(([^)#:]+)\)", card):
+        path = (folder / link).resolve()
+        if path.is_file() and path.is_relative_to(folder.resolve()) and link not in files:
+            shown[path.relative_to(folder.resolve()).as_posix()] = path
+    return shown
+
+
+def _is_stale(path: str, files: dict[str, Path | bytes]) -> bool:
+    return "/" not in path and path not in files and any(fnmatch.fnmatch(path, pattern) for pattern in _OURS)
+
+
+def _card_of_repository(repo_id: str, revision: str | None, token: str | None) -> str | None:
+    try:
+        return Path(hf_hub_download(repo_id, CARD, revision=revision, token=token)).read_text(encoding="utf-8")
+    except EntryNotFoundError:
+        return None
+
+
+@contextmanager
+def _as_folder(source: str | PathLike[str] | Pretrained) -> Iterator[Path]:
+    """The folder of a checkpoint; a model and its processor are written to one that lasts as long."""
+    if not isinstance(source, tuple):
+        if not Path(source).is_dir():
+            raise CheckpointError(f"{source}: no such folder of a checkpoint or an adapter.")
+        yield fetch_checkpoint(source)
+        return
+    model, processor = source
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model.save_pretrained(folder)
+        name = getattr(model, "active_adapter", None)
+        if isinstance(name, str) and (folder / name).is_dir():  # where PEFT puts an adapter with a name of its own
+            folder = folder / name
+        processor.save_pretrained(folder)
+        yield fetch_checkpoint(folder)
+
+
+__all__ = ["handler_requirements", "push_to_hub", "repository_files", "write_repository"]
