@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow quality bench clean
+.PHONY: help demo test test-slow test-browser quality bench clean
 
 help:
 	@echo "make demo      heat maps of photographs and textures with the embedded checkpoint, under outputs/demo"
 	@echo "make test      the test suite"
 	@echo "make test-slow the tests that take minutes"
+	@echo "make test-browser  the tests of the page in Chromium (apt-get install chromium)"
 	@echo "make quality   ruff and mypy"
 	@echo "make bench     the benchmarks"
 
@@ -25,10 +26,13 @@ demo: $(READY)
 	$(BIN)/python -m examples.demo --output-dir outputs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not browser"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+test-browser: $(READY)
+	$(BIN)/python -m pytest -m browser
 
 quality: $(READY)
 	$(BIN)/ruff check .

@@ -86,10 +86,15 @@ def _add_settings(handlers: Handlers, choose_model: bool) -> _Settings:
     model = gr.State(own)
     class_name = gr.Textbox("object", label="Class name", info="What the images show.", max_length=100, max_lines=1)
     threshold, pixel_threshold = (
-        gr.Slider(0, 1, shown_threshold(value), step=0.001, label=label, info=info)
-        for value, label, info in (
-            (own.image_threshold, "Image threshold", "Score from which on an image is anomalous."),
-            (own.pixel_threshold, "Pixel threshold", "Map value from which on pixels make regions."),
+        gr.Slider(0, 1, shown_threshold(value), step=0.001, label=label, info=info, elem_id=name)
+        for name, value, label, info in (
+            ("threshold", own.image_threshold, "Image threshold", "Score from which on an image is anomalous."),
+            (
+                "pixel-threshold",
+                own.pixel_threshold,
+                "Pixel threshold",
+                "Map value from which on there is a region.",
+            ),
         )
     )
     in_use = gr.HTML(markup.model_in_use(own), elem_id="model")

@@ -109,7 +109,7 @@ def launch_app(
         share=False,
         quiet=True,
         prevent_thread_lock=True,
-        max_file_size=int(max_upload_mb * 1_000_000),
+        max_file_size=int(max_upload_mb * (1 << 20)),
         state_session_capacity=256,
         enable_monitoring=False,
         run_history=False,
