@@ -11,6 +11,7 @@ from moeclip_hf.cli.calibrate import calibrate
 from moeclip_hf.cli.convert import convert
 from moeclip_hf.cli.evaluate import evaluate
 from moeclip_hf.cli.explain import explain
+from moeclip_hf.cli.export import export
 from moeclip_hf.cli.predict import predict
 from moeclip_hf.cli.push import push
 from moeclip_hf.cli.train import train
@@ -29,6 +30,7 @@ app.command()(explain)
 app.command()(train)
 app.command()(evaluate)
 app.command()(calibrate)
+app.command()(export)
 app.command()(push)
 app.command("app")(page)
 app.add_typer(benchmarks, name="benchmarks")

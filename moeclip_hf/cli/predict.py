@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from moeclip_hf.prediction import Prediction
+    from moeclip_hf.pretrained import Detector
 
 # Overlays waiting to be written at most, so that memory does not grow with the number of images, nor with their size.
 _WRITES_AHEAD = 8
@@ -22,6 +23,13 @@ class MapFormat(str, Enum):
 
     png = "png"
     npy = "npy"
+
+
+class Backend(str, Enum):
+    """What computes maps and scores: torch's model, or onnxruntime an exported graph."""
+
+    torch = "torch"
+    onnx = "onnx"
 
 
 class Dtype(str, Enum):
@@ -43,7 +51,14 @@ def predict(
     images: Annotated[list[str], typer.Argument(help="Files, folders and glob patterns.", show_default=False)],
     class_name: Annotated[str, typer.Option(help='What the images show, such as "metal nut".')] = "object",
     model: Annotated[
-        str | None, typer.Option(help="Checkpoint folder or Hub id.", show_default="the embedded demonstration")
+        str | None,
+        typer.Option(
+            help="Checkpoint folder or Hub id, or what `moeclip export` wrote.",
+            show_default="the embedded demonstration",
+        ),
+    ] = None,
+    backend: Annotated[
+        Backend | None, typer.Option(help="onnx for an exported graph.", show_default="as --model holds one or not")
     ] = None,
     output_dir: Annotated[Path, typer.Option(help="Where overlays and maps are written.")] = Path("moeclip-output"),
     overlays: Annotated[bool, typer.Option(help="Write a picture with the heat map over each image.")] = True,
@@ -110,7 +125,6 @@ def predict(
 
     from moeclip_hf.prediction import find_images, input_size
     from moeclip_hf.prediction import predict as predict_files
-    from moeclip_hf.pretrained import load_pretrained
     from moeclip_hf.tiling import Tiling
 
     logging.disable_progress_bar()
@@ -119,8 +133,8 @@ def predict(
     paths = find_images(images, exclude=output_dir)
     if overlays or maps:
         output_dir.mkdir(parents=True, exist_ok=True)  # now rather than after an hour
-    pretrained = load_pretrained(model, device, dtype.value if dtype else None)
-    processor = pretrained.processor
+    detector = _load_detector(model, backend, device, dtype)
+    processor = detector.processor
     threshold = processor.image_threshold if threshold is None else threshold
     pixel_threshold = processor.pixel_threshold if pixel_threshold is None else pixel_threshold
     names = _output_names(paths)
@@ -128,7 +142,7 @@ def predict(
     tiling = Tiling(tile_size, tile_overlap) if tile else None
     writes_ahead = _LARGE_WRITES_AHEAD if tiling else _WRITES_AHEAD
     predictions = predict_files(
-        pretrained, paths, class_name, batch_size, threshold, pixel_threshold, size=size, tiling=tiling
+        detector, paths, class_name, batch_size, threshold, pixel_threshold, size=size, tiling=tiling
     )
 
     rows: list[dict[str, Any]] = []
@@ -165,6 +179,21 @@ def predict(
             typer.echo(f"Written to {output_dir}{'' if output_dir.is_absolute() else ' (in this folder)'}")
     if unreadable:
         raise typer.Exit(1)
+
+
+def _load_detector(model: str | None, backend: Backend | None, device: str | None, dtype: Dtype | None) -> "Detector":
+    from moeclip_hf.onnx_detector import is_onnx, load_onnx
+    from moeclip_hf.pretrained import load_pretrained
+
+    if backend is None:
+        backend = Backend.onnx if model and is_onnx(model) else Backend.torch
+    if backend is Backend.torch:
+        return load_pretrained(model, device, dtype.value if dtype else None)
+    if model is None:
+        raise typer.BadParameter("--backend onnx takes as --model a folder that `moeclip export` wrote")
+    if dtype is not None:
+        raise typer.BadParameter("an exported graph has the type that it was exported in", param_hint="--dtype")
+    return load_onnx(model, device)
 
 
 def _tile_size(tile: str | None) -> int | None:

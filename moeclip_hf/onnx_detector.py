@@ -1,0 +1,109 @@
+"""Using what was exported: a graph that onnxruntime computes, in place of torch's model."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from moeclip_hf.errors import CheckpointError, MoECLIPError
+from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    import onnxruntime
+
+GRAPH = "model.onnx"
+INT8_GRAPH = "model_int8.onnx"
+
+# Under which a graph carries what it was exported with, as JSON.
+METADATA_KEY = "moeclip"
+
+_ONLY_ERRORS = 3
+
+
+class OnnxDetector(NamedTuple):
+    """An exported graph for some classes, and its processor: a [`~moeclip_hf.pretrained.Detector`]."""
+
+    session: "onnxruntime.InferenceSession"
+    class_names: tuple[str, ...]
+    processor: MoECLIPProcessor
+
+    def encode_class(self, class_name: str) -> torch.Tensor:
+        """The class's place among the exported ones, (1,)."""
+        if class_name.strip() not in self.class_names:
+            known = ", ".join(map(repr, self.class_names))
+            raise MoECLIPError(
+                f"class name {class_name[:60]!r}: the graph was exported for {known}; `moeclip export --class-name` "
+                "exports others."
+            )
+        return torch.tensor([self.class_names.index(class_name.strip())])
+
+    def patch_maps(self, pixel_values: torch.Tensor, encoded_class: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smoothed maps (B, h, w) and scores (B,) of prepared images (B, 3, H, W)."""
+        inputs = {"pixel_values": pixel_values.numpy()}
+        if len(self.class_names) > 1:
+            inputs["class_index"] = encoded_class.expand(len(pixel_values)).numpy()
+        grids, scores = self.session.run(["anomaly_map", "score"], inputs)
+        return torch.from_numpy(np.asarray(grids)), torch.from_numpy(np.asarray(scores))
+
+
+def is_onnx(source: "str | PathLike[str]") -> bool:
+    """Whether a path is an ONNX file, or a folder that holds an exported graph and no checkpoint."""
+    path = Path(source)
+    return path.suffix == ".onnx" or ((path / GRAPH).exists() and not (path / "config.json").exists())
+
+
+def load_onnx(source: "str | PathLike[str]", device: str | None = None) -> OnnxDetector:
+    """
+    Load what [`export_onnx`] wrote. Nothing of torch's model is needed.
+
+    Args:
+        source (`str` or path): the folder, or one of its ONNX files.
+        device (`str`, *optional*): `"cpu"` or, with a build of onnxruntime for it, `"cuda"`; the latter by default
+            where it can be had.
+
+    Raises:
+        MoECLIPError: if onnxruntime is missing, or has no such device.
+        CheckpointError: if there is no such graph, or it cannot be loaded. onnxruntime refuses one whose weights lie
+            outside its folder.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MoECLIPError("OnnxDetector graphs take onnxruntime: pip install 'moeclip-hf[onnx]'.") from error
+
+    path = Path(source)
+    path = path / GRAPH if path.is_dir() else path
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file: `moeclip export` writes a folder that holds it.")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ONLY_ERRORS
+    options.intra_op_num_threads = torch.get_num_threads()
+    providers = _providers(device, onnxruntime.get_available_providers())
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        description = json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+        processor = MoECLIPProcessor.from_pretrained(path.parent, local_files_only=True)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: was not written by `moeclip export`.") from error
+    except Exception as error:  # onnxruntime's own know no common base
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{path}: cannot be loaded as an exported graph: {reason}") from error
+    return OnnxDetector(session, tuple(description["class_names"]), processor)
+
+
+def _providers(device: str | None, available: list[str]) -> list[str | tuple[str, dict[str, int]]]:
+    """onnxruntime's name of a device, with the CPU for what it cannot compute."""
+    kind, _, index = (device or "").partition(":")
+    has_cuda = "CUDAExecutionProvider" in available
+    if kind == "cpu" or (not kind and not has_cuda):
+        return ["CPUExecutionProvider"]
+    if kind not in ("", "cuda") or not has_cuda:
+        raise MoECLIPError(f"device {device!r} cannot be used here: this onnxruntime has {', '.join(available)}.")
+    return [("CUDAExecutionProvider", {"device_id": int(index or 0)}), "CPUExecutionProvider"]
+
+
+__all__ = ["GRAPH", "INT8_GRAPH", "METADATA_KEY", "OnnxDetector", "is_onnx", "load_onnx"]
