@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ("torch", "transformers", "datasets", "numpy", "scipy", "PIL", "peft")
+HEAVY = ("torch", "transformers", "datasets", "numpy", "scipy", "PIL", "peft", "gradio")
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:

@@ -32,10 +32,8 @@ CSS = """
 #head p { margin: 0; color: var(--body-text-color-subdued); }
 #model .html-container, #verdict .html-container, #explained .html-container, #summary .html-container { padding: 0; }
 #head .html-container { padding: 0 0 .3rem; }
-@media (max-width: 640px) {
-  #samples .caption-label { display: none; }
-  #samples, #samples .grid-wrap { height: auto !important; }
-}
+#samples .grid-wrap { min-height: 0; max-height: 21rem; }
+@media (max-width: 640px) { #samples .caption-label { display: none; } }
 .moeclip-model { margin: 0 0 .4rem; }
 .moeclip-notice { margin: 0; padding: .9rem 1rem; border-radius: 8px; border: 1px solid var(--border-color-primary);
   background: var(--block-background-fill); overflow-wrap: anywhere; }
