@@ -113,7 +113,8 @@ def load_pretrained(
                     source, dtype=dtype, use_safetensors=True, output_loading_info=True, **pinned
                 )
             _refuse_missing_weights(source, report)
-        processor = MoECLIPProcessor.from_pretrained(source, **pinned)
+        loaded.config._commit_hash = pinned.get("revision")
+        processor = MoECLIPProcessor.from_pretrained(folder)
     except CheckpointError:
         raise
     except Exception as error:  # whatever a foreign or damaged checkpoint leads to

@@ -81,7 +81,7 @@ class MiniHub:
         url: the endpoint.
         repositories: by id.
         requests: (method, path) of all that was asked.
-        cut: paths of files whose downloads break off half-way.
+        cut: files, as USER/NAME/PATH, whose downloads break off half-way.
     """
 
     def __init__(self, root: Path, tokens: dict[str, str]):
@@ -306,7 +306,7 @@ class Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {first}-{file.size - 1}/{file.size}"
         data = data[first:]
         headers |= {"Content-Length": str(len(data)), "Content-Type": "application/octet-stream"}
-        if path in self.hub.cut and self.command == "GET":
+        if f"{repo_id}/{path}" in self.hub.cut and self.command == "GET":
             self.close_connection = True
             data = data[: len(data) // 2]
         self.send(data, status, headers)
