@@ -80,6 +80,7 @@ class MoECLIPProcessor(ProcessorMixin):
         cls, pretrained_model_name_or_path: Any, processor_dict: Any = None, **kwargs: Any
     ) -> list[Any]:
         """As in transformers; the image processor of a plain CLIP, which crops, is replaced by one that fits it."""
+        kwargs.pop("dtype", None)  # that `pipeline` means for the model; a tokenizer would keep it, and fail to be saved
         image_processor, tokenizer = super()._get_arguments_from_pretrained(
             pretrained_model_name_or_path, processor_dict, **kwargs
         )
@@ -267,7 +268,9 @@ def patch_maps(outputs: MoECLIPOutput, domain: str) -> tuple[torch.Tensor, torch
     Returns:
         Maps (B, h, w) and scores (B,), both 0 to 1.
     """
-    grids = smooth(outputs.anomaly_logits.sigmoid().mean(dim=1), domain)
+    # A sigmoid, written out: onnxruntime's own ends at 1.5e-8, and the order of faultless pixels would be lost.
+    abnormal = (1 + (-outputs.anomaly_logits).exp()).reciprocal()
+    grids = smooth(abnormal.mean(dim=1), domain)
     scores = grids.flatten(1).amax(dim=1)
     if domain == "industrial":
         scores = (scores + outputs.logits_per_image.softmax(dim=1)[:, 1]) / 2
