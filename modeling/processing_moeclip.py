@@ -80,7 +80,7 @@ class MoECLIPProcessor(ProcessorMixin):
         cls, pretrained_model_name_or_path: Any, processor_dict: Any = None, **kwargs: Any
     ) -> list[Any]:
         """As in transformers; the image processor of a plain CLIP, which crops, is replaced by one that fits it."""
-        kwargs.pop("dtype", None)  # that `pipeline` means for the model; a tokenizer would keep it, and fail to be saved
+        kwargs.pop("dtype", None)  # which `pipeline` means for the model; a tokenizer that keeps it cannot be saved
         image_processor, tokenizer = super()._get_arguments_from_pretrained(
             pretrained_model_name_or_path, processor_dict, **kwargs
         )
