@@ -175,7 +175,7 @@ def test_a_bad_file_takes_the_place_of_the_last_result_with_a_message(handlers, 
 
 
 def test_a_class_name_that_is_none_is_a_message(handlers, spotted):
-    for class_name in (" ", "two\nlines"):
+    for class_name in (" ", "two\nlines", "nut" * 1000):
         _, message, *_ = handlers.inspect(spotted, class_name, handlers.inspector.model, 0.5, 0.5)
         assert 'role="alert"' in message
         assert "class name" in message
@@ -362,6 +362,8 @@ def test_no_file_beyond_the_pages_own_is_served(address, path):
         answer = get(address, route + path)
         assert answer.status_code in {400, 403, 404}, route
         assert "root:" not in answer.text
+    if path.lower().startswith("http"):
+        assert get(address, f"/gradio_api/file={path}").text == "Only uploaded files are served."
 
 
 @pytest.mark.parametrize("route", ["/assets/", "/static/", "/gradio_api/proxy=http://example.org/", "/svelte/"])
@@ -389,6 +391,14 @@ def test_an_event_that_names_a_file_of_the_server_or_the_web_is_refused(address)
         (completed,) = (event for event in events if event["msg"] == "process_completed")
         assert completed["success"] is False
         assert "moeclip" not in json.dumps(completed["output"])
+
+
+@pytest.mark.parametrize(
+    "route", ["process_recording", "run/inspect", "call/inspect", "vibe-edit", "component_server"]
+)
+def test_what_gradio_offers_beyond_the_page_is_refused(address, route):
+    assert httpx.post(f"{address}gradio_api/{route}", files={"file": ("a.webm", b"x")}).status_code == 403
+    assert httpx.get(f"{address}monitoring").status_code >= 400
 
 
 def test_files_and_events_that_are_too_large_are_refused(tmp_path):

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
-from moeclip_hf.errors import UnreadableImageError
+from moeclip_hf.errors import MoECLIPError, UnreadableImageError
 from moeclip_hf.explanation import explain
 from moeclip_hf.prediction import Detection, class_anchors, detect, read_image
 from moeclip_hf.pretrained import Pretrained, load_pretrained
@@ -24,6 +25,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 LARGEST_ASPECT_RATIO = 8
 # Pixels of the longer side of pictures that are shown, not of what is scored.
 SHOWN_EDGE = 1024
+LONGEST_CLASS_NAME = 100  # characters; it takes time to cut a longer one down to what the text tower reads
 # Thresholds are shown, and moved, in steps of this many digits.
 _DIGITS = 3
 EMBEDDED = "embedded demonstration"
@@ -130,10 +132,10 @@ class Inspector:
 
         Raises:
             UnreadableImageError: as [`read_upload`].
-            MoECLIPError: for a class name that is no name.
+            MoECLIPError: for a class name that is none, or too long.
         """
         pretrained = self._pretrained(model.name)
-        anchors = class_anchors(pretrained, class_name)
+        anchors = _anchors(pretrained, class_name)
         image = read_upload(path, self.max_megapixels)
         detection = detect(pretrained, image, anchors)
         return Inspection(path, shrink(image, SHOWN_EDGE), class_name, model, detection)
@@ -158,10 +160,10 @@ class Inspector:
         A file that cannot be read yields a row with the reason.
 
         Raises:
-            MoECLIPError: for a class name that is no name.
+            MoECLIPError: for a class name that is none, or too long.
         """
         pretrained = self._pretrained(model.name)
-        anchors = class_anchors(pretrained, class_name)
+        anchors = _anchors(pretrained, class_name)
 
         def read(path: Path) -> tuple[Path, Image.Image | UnreadableImageError]:
             try:
@@ -184,6 +186,12 @@ class Inspector:
 
     def _load(self, name: str) -> tuple[str, Pretrained]:
         return name, load_pretrained(None if name == EMBEDDED else name, self.device)
+
+
+def _anchors(pretrained: Pretrained, class_name: str) -> torch.Tensor:
+    if len(class_name) > LONGEST_CLASS_NAME:
+        raise MoECLIPError(f"a class name has {LONGEST_CLASS_NAME} characters at most, not {len(class_name)}")
+    return class_anchors(pretrained, class_name)
 
 
 def _describe(name: str, pretrained: Pretrained) -> ModelChoice:
@@ -260,6 +268,7 @@ def batch_csv(rows: Iterable[BatchRow], threshold: float) -> str:
 
 __all__ = [
     "EMBEDDED",
+    "LONGEST_CLASS_NAME",
     "BatchRow",
     "Inspection",
     "Inspector",

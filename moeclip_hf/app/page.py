@@ -9,7 +9,7 @@ import gradio as gr
 
 from moeclip_hf.app import markup
 from moeclip_hf.app.handlers import LARGEST_BATCH, Handlers
-from moeclip_hf.app.inspector import Inspector, shown_threshold
+from moeclip_hf.app.inspector import LONGEST_CLASS_NAME, Inspector, shown_threshold
 from moeclip_hf.app.samples import render_samples, samples_of_folder
 
 # Everything that runs the model waits in one line; what only redraws does not.
@@ -84,7 +84,9 @@ def build_app(
 def _add_settings(handlers: Handlers, choose_model: bool) -> _Settings:
     own = handlers.inspector.model
     model = gr.State(own)
-    class_name = gr.Textbox("object", label="Class name", info="What the images show.", max_length=100, max_lines=1)
+    class_name = gr.Textbox(
+        "object", label="Class name", info="What the images show.", max_length=LONGEST_CLASS_NAME, max_lines=1
+    )
     threshold, pixel_threshold = (
         gr.Slider(0, 1, shown_threshold(value), step=0.001, label=label, info=info, elem_id=name)
         for name, value, label, info in (

@@ -12,16 +12,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moeclip_hf.app.style import CSS, theme
 
-# What events send is names and numbers; files come by another way.
+# Where the page sends to: files to the first, and names and numbers, which are small, to the others.
+_UPLOAD, _EVENTS = "/gradio_api/upload", ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset")
 _LARGEST_EVENT = 1 << 20
 
 
-class NothingRemote:
+class OnlyThePage:
     """
-    Refuses to fetch for visitors what lies elsewhere.
+    Lets through what the page asks for, and refuses the rest of what Gradio would do.
 
-    Gradio takes a web address wherever it takes a file, and downloads it, of any size, on the visitor's behalf. This
-    page takes uploads alone. Events that are larger than any of its own are refused as well.
+    Gradio takes a web address wherever it takes a file, and downloads it, of any size, on the visitor's behalf; it
+    also converts recordings, and more. This page takes uploads and small events alone.
 
     Args:
         app: the ASGI application behind it.
@@ -31,15 +32,18 @@ class NothingRemote:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = None
-        if scope["type"] == "http" and _is_remote(scope["path"].partition("/file=")[2]):
+        refusal, path = None, scope.get("path", "").rstrip("/")
+        sends = scope["type"] == "http" and scope["method"] == "POST"
+        if _is_remote(path.partition("/file=")[2]):
             refusal = PlainTextResponse("Only uploaded files are served.", 403)
-        elif scope["type"] == "http" and scope["method"] == "POST" and not scope["path"].endswith("/upload"):
+        elif sends and path.endswith(_EVENTS):
             body, receive = await _read(receive)
             if body is None:
                 refusal = PlainTextResponse("The request is too large.", 413)
             elif _names_remote_file(body):
                 refusal = PlainTextResponse("Only uploaded files are taken.", 403)
+        elif sends and not path.endswith(_UPLOAD):
+            refusal = PlainTextResponse("The page does not ask for this.", 403)
         await (refusal or self.app)(scope, receive, send)
 
 
@@ -117,7 +121,7 @@ def launch_app(
         pwa=False,
         mcp_server=False,
         footer_links=[],
-        app_kwargs={"middleware": [Middleware(NothingRemote)], "docs_url": None, "redoc_url": None},
+        app_kwargs={"middleware": [Middleware(OnlyThePage)], "docs_url": None, "redoc_url": None},
         theme=theme(),
         css=CSS,
     )
@@ -127,4 +131,4 @@ def launch_app(
     return url
 
 
-__all__ = ["NothingRemote", "launch_app"]
+__all__ = ["OnlyThePage", "launch_app"]
