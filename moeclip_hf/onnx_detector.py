@@ -73,7 +73,7 @@ def load_onnx(source: "str | PathLike[str]", device: str | None = None) -> OnnxD
     try:
         import onnxruntime
     except ImportError as error:
-        raise MoECLIPError("OnnxDetector graphs take onnxruntime: pip install 'moeclip-hf[onnx]'.") from error
+        raise MoECLIPError("Exported graphs take onnxruntime: pip install 'moeclip-hf[onnx]'.") from error
 
     path = Path(source)
     path = path / GRAPH if path.is_dir() else path
