@@ -234,7 +234,7 @@ def _facts(
     datasets: Sequence[str],
     license: str | None,
 ) -> CardFacts:
-    if base_model is not None and not _is_hub_id(base_model):
+    if base_model is not None and not is_hub_id(base_model):
         raise CheckpointError(f"base model {base_model!r} is no Hub id (USER/NAME) by which others can load it.")
     document = read_evaluation(Path(evaluation)) if evaluation is not None else None
     if document is not None:
@@ -271,14 +271,15 @@ def _adapter_config(folder: Path, base_model: str | None) -> dict[str, Any]:
     if config.get("peft_type") != "MOE_LORA":
         raise CheckpointError(f"{folder}: is no adapter of type MOE_LORA but of {config.get('peft_type')!r}.")
     base = base_model or config.get("base_model_name_or_path")
-    if base is None or not _is_hub_id(base):
+    if base is None or not is_hub_id(base):
         raise CheckpointError(
             f"{folder}: names {base!r} as its base, which others cannot load: name that CLIP's Hub id as base model."
         )
     return config | {"base_model_name_or_path": base}
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether this is a Hub id (USER/NAME) rather than a folder."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
@@ -335,4 +336,4 @@ def _as_folder(source: str | PathLike[str] | Pretrained) -> Iterator[Path]:
         yield fetch_checkpoint(folder)
 
 
-__all__ = ["handler_requirements", "push_to_hub", "repository_files", "write_repository"]
+__all__ = ["handler_requirements", "is_hub_id", "push_to_hub", "repository_files", "write_repository"]

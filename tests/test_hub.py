@@ -15,6 +15,7 @@ import pytest
 import torch
 from mini_hub import MiniHub
 from PIL import Image
+from training_runs import write_folder
 from transformers import CLIPConfig, CLIPModel
 
 from moeclip_hf import MoECLIPModel, MoECLIPProcessor
@@ -73,7 +74,9 @@ from transformers import CLIPModel
 from moeclip_hf import MoECLIPModel, MoECLIPProcessor
 from moeclip_hf.adapters import full_to_adapter
 from moeclip_hf.hub import push_to_hub
+from moeclip_hf.data import load_data
 from moeclip_hf.pretrained import Pretrained
+from moeclip_hf.training import MoECLIPTrainer, TrainingSamples, get_recipe, start_model, training_arguments
 
 # The classes' own ways, too.
 CLIPModel.from_pretrained("clip").push_to_hub("ann/clip")
@@ -90,6 +93,12 @@ push_to_hub("checkpoint", "ann/secret", private=True)
 processor.image_threshold = 0.875
 push_to_hub(Pretrained(full, processor), "ann/moeclip", revision="strict")
 print(push_to_hub("checkpoint", "ann/plain", create_pr=True).pr_url)
+
+recipe = get_recipe("paper", batch_size=2)
+model, images = start_model("ann/plain", recipe)
+samples = TrainingSamples(load_data("parts"), images, seed=0)
+args = training_arguments("trained", recipe, use_cpu=True, hub_model_id="ann/trained", dataloader_num_workers=0)
+MoECLIPTrainer(model, args, samples, images, recipe).push_to_hub(datasets=["ann/parts"])
 
 # What replaces another kind of repository leaves nothing of it.
 push_to_hub("checkpoint", "ann/changed")
@@ -119,6 +128,7 @@ def workplace(tmp_path_factory):
     clip = CLIPModel(CLIPConfig(projection_dim=model.config.projection_dim, **towers))
     clip.load_state_dict({key: value for key, value in model.state_dict().items() if key in clip.state_dict()})
     clip.save_pretrained(folder / "clip")
+    write_folder(folder / "parts", images_a_state=1)
 
     pixels = np.random.default_rng(0).normal(150, 8, (48, 64, 3))
     pixels[20:30, 30:45] = 15
@@ -159,6 +169,10 @@ def test_a_repository_holds_what_a_checkpoint_needs_and_an_adapter_no_code(workp
     }
     assert hub.names("ann/changed") == adapter
     assert json.loads(hub.read("ann/adapter", "adapter_config.json"))["base_model_name_or_path"] == "ann/clip"
+    card = hub.read("ann/trained", "README.md").decode()
+    assert "base_model: ann/plain" in card
+    assert "It was trained on ann/parts." in card
+    assert "| expert learning rate | 0.0005 |" in card
     assert hub.repositories["ann/secret"].private
     assert not hub.repositories["ann/moeclip"].private
     assert workplace.printed[0].startswith(f"{hub.url}/ann/adapter/commit/")
@@ -196,7 +210,7 @@ import moeclip_hf
 from transformers import AutoModel, AutoProcessor, pipeline
 from moeclip_hf.pretrained import load_pretrained
 
-for name in ("ann/moeclip", "ann/plain", "ann/canary"):
+for name in ("ann/moeclip", "ann/plain", "ann/trained", "ann/canary"):
     run(AutoModel.from_pretrained(name), AutoProcessor.from_pretrained(name))
     detect = pipeline("zero-shot-anomaly-detection", model=name)
     assert type(detect).__module__.startswith("moeclip_hf.")

@@ -245,6 +245,50 @@ class MoECLIPTrainer(Trainer):
                     os.replace(file, target / file.name)
                 _sync(target)
 
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Save the model, and publish it with its code and a model card from the main process.
+
+        Args:
+            commit_message, token, revision, private: as of [`moeclip_hf.hub.push_to_hub`]; those of the arguments by
+                default, as is the repository.
+            blocking: has to be so.
+            kwargs: further arguments of [`moeclip_hf.hub.push_to_hub`].
+
+        Returns:
+            `CommitInfo` in the main process, `None` in others.
+        """
+        from moeclip_hf.hub import is_hub_id, push_to_hub
+
+        if not blocking:
+            raise MoECLIPError("a model is pushed while the caller waits: leave blocking as it is.")
+        self.save_model()
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        clip = self.moeclip.name_or_path
+        settings: dict[str, Any] = {"base_model": clip if is_hub_id(clip) else None, **kwargs}
+        return push_to_hub(
+            self.output_dir,
+            str(self.hub_model_id),
+            commit_message=commit_message,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            **settings,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push nothing: a checkpoint to resume from holds what trains alone, and no other can load it."""
+
     def _state_dict(self) -> dict[str, torch.Tensor]:
         if self.is_fsdp_enabled:
             return self.accelerator.get_state_dict(self.model)
