@@ -113,7 +113,7 @@ def _download(url: str) -> bytes:
     try:
         _refuse_private(url)
         opener = build_opener(_CheckedRedirects)
-        with opener.open(Request(url, headers={"User-Agent": "moeclip"}), timeout=_TIMEOUT) as response:
+        with opener.open(Request(url, headers={"User-Agent": "moeclip-hf"}), timeout=_TIMEOUT) as response:
             return response.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         raise ValueError(f"{url[:200]}: cannot be fetched ({error}).") from None

@@ -17,7 +17,7 @@ from .modeling_moeclip import MoECLIPOutput
 # Anchors of so many class names are kept at most; where names come from strangers, there is no end to them.
 _MAX_ANCHORS = 1024
 # Some servers turn away clients without a name.
-_USER_AGENT = "moeclip-hf (https://pypi.org/project/moeclip-hf)"
+_USER_AGENT = "moeclip-hf"
 
 
 class ZeroShotAnomalyDetectionPipeline(Pipeline):

@@ -189,7 +189,7 @@ def _body(
 
 
 def _usage(repo_id: str, is_adapter: bool) -> str:
-    loading = f"""With the package (`pip install moeclip-hf`), which runs no code of this repository:
+    loading = f"""With the package `moeclip-hf`, which runs no code of this repository:
 
 ```bash
 moeclip predict photos/ --class-name "metal nut" --model {repo_id}
@@ -214,8 +214,9 @@ detect = pipeline("{PIPELINE_TASK}", model="{repo_id}")
 result = detect("part.png", class_name="metal nut")  # score, is_anomalous, regions, map, heatmap
 ```
 
-Without the package, with transformers and scipy alone, `pipeline(..., trust_remote_code=True)` runs the code that this
-repository carries; look at it before. `handler.py` serves it from Inference Endpoints."""
+Without the package, `pipeline(..., trust_remote_code=True)` runs the code that this repository carries; look at it
+before. It needs what `requirements.txt` names. `handler.py` serves the model from Inference Endpoints. The code is part
+of moeclip-hf, Apache-2.0."""
 
 
 def _architecture(config: dict[str, Any], is_adapter: bool, processor: dict[str, Any]) -> str:

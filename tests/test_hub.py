@@ -324,11 +324,23 @@ refused(encoded, "at most 10 bytes")
 
 
 def test_the_command_scores_images_with_a_checkpoint_of_the_hub_which_then_loads_without_the_hub(workplace):
-    command = ("predict", "part.png", "--model", "ann/moeclip", "--class-name", "granite", "--json")
+    command = (
+        "predict",
+        "part.png",
+        "--model",
+        "ann/moeclip",
+        "--revision",
+        "strict",
+        "--class-name",
+        "granite",
+        "--json",
+    )
     done = workplace.moeclip(*command, home="dora")
     assert done.returncode == 0, done.stderr
     expected = json.loads((workplace.folder / "expected.json").read_text())["score"]
-    assert json.loads(done.stdout)["score"] == pytest.approx(expected, abs=1e-5)
+    row = json.loads(done.stdout)
+    assert row["score"] == pytest.approx(expected, abs=1e-5)
+    assert row["threshold"] == 0.875
     asked = len(workplace.hub.requests)
     printed = workplace.python(
         EQUAL_MAPS
@@ -336,7 +348,7 @@ def test_the_command_scores_images_with_a_checkpoint_of_the_hub_which_then_loads
 from moeclip_hf.errors import CheckpointError
 from moeclip_hf.pretrained import load_pretrained
 
-run(*load_pretrained("ann/moeclip", device="cpu"))
+run(*load_pretrained("ann/moeclip", device="cpu", revision="strict"))
 try:
     load_pretrained("ann/plain")
 except CheckpointError as error:

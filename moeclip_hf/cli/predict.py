@@ -57,6 +57,7 @@ def predict(
             show_default="the embedded demonstration",
         ),
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a checkpoint on the Hub.", show_default="main")] = None,
     backend: Annotated[
         Backend | None, typer.Option(help="onnx for an exported graph.", show_default="as --model holds one or not")
     ] = None,
@@ -133,7 +134,7 @@ def predict(
     paths = find_images(images, exclude=output_dir)
     if overlays or maps:
         output_dir.mkdir(parents=True, exist_ok=True)  # now rather than after an hour
-    detector = _load_detector(model, backend, device, dtype)
+    detector = _load_detector(model, revision, backend, device, dtype)
     processor = detector.processor
     threshold = processor.image_threshold if threshold is None else threshold
     pixel_threshold = processor.pixel_threshold if pixel_threshold is None else pixel_threshold
@@ -181,14 +182,16 @@ def predict(
         raise typer.Exit(1)
 
 
-def _load_detector(model: str | None, backend: Backend | None, device: str | None, dtype: Dtype | None) -> "Detector":
+def _load_detector(
+    model: str | None, revision: str | None, backend: Backend | None, device: str | None, dtype: Dtype | None
+) -> "Detector":
     from moeclip_hf.onnx_detector import is_onnx, load_onnx
     from moeclip_hf.pretrained import load_pretrained
 
     if backend is None:
         backend = Backend.onnx if model and is_onnx(model) else Backend.torch
     if backend is Backend.torch:
-        return load_pretrained(model, device, dtype.value if dtype else None)
+        return load_pretrained(model, device, dtype.value if dtype else None, revision)
     if model is None:
         raise typer.BadParameter("--backend onnx takes as --model a folder that `moeclip export` wrote")
     if dtype is not None:
