@@ -39,6 +39,18 @@ def test_only_moeclips_own_parts_change_and_are_saved(clip, rows, tmp_path):
     assert not [path for path in (tmp_path / "checkpoint-3").iterdir() if path.name == "model.safetensors"]
 
 
+def test_the_papers_recipe_keeps_the_exploding_first_gradient_out_of_adams_moments(clip, rows, tmp_path):
+    lengths = {}
+    for name in ("paper-literal", "paper"):
+        trainer = tiny_trainer(clip, rows, tmp_path / name, get_recipe(name, batch_size=4), max_steps=1)
+        trainer.train()
+        moments = [trainer.optimizer.state[layer.lora_B]["exp_avg_sq"] for layer in trainer.moeclip.moe_layers]
+        # After one step the second moment is (1 - beta2) times the squared gradient.
+        lengths[name] = (torch.stack(moments).sum() / (1 - trainer.args.adam_beta2)).sqrt()
+    assert lengths["paper-literal"] > 1e4
+    assert lengths["paper"] < 1.001
+
+
 @pytest.mark.parametrize("at", [3, 6])
 def test_resumed_run_repeats_the_losses_and_weights_of_an_unbroken_one(clip, rows, tmp_path, at):
     unbroken = tiny_trainer(clip, rows, tmp_path / "unbroken", save_steps=at, save_total_limit=None)

@@ -1,7 +1,8 @@
 """Recipes: how MoECLIP is trained, and how its experts start.
 
-`paper` is the default: the paper's objective and schedule, with a start from which the experts learn. `paper-literal`
-starts them at zero as the paper writes, from where they do not. `released` is what the public code does.
+`paper` is the default: the paper's objective, start and schedule, with gradients clipped, lest the first of them, which
+is millions of times as long as any later one, spoil Adam's moments. `paper-literal` leaves gradients as they are.
+`released` is what the public code does.
 `docs/training.md` shows what was measured for each difference.
 """
 
@@ -90,7 +91,7 @@ class Recipe:
 PAPER_LITERAL = Recipe()
 
 RECIPES: Mapping[str, Recipe] = {
-    "paper": replace(PAPER_LITERAL, expert_std=0.02, router_std=0.02),
+    "paper": replace(PAPER_LITERAL, max_grad_norm=1.0),
     "paper-literal": PAPER_LITERAL,
     "released": replace(
         PAPER_LITERAL,
