@@ -12,8 +12,15 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from moeclip_hf.app import markup
-from moeclip_hf.app.inspector import BatchRow, Inspection, Inspector, ModelChoice, batch_csv, shown_threshold
-from moeclip_hf.app.inspector import threshold_meant as meant
+from moeclip_hf.app.inspector import (
+    BatchRow,
+    Inspection,
+    Inspector,
+    ModelChoice,
+    batch_csv,
+    shown_threshold,
+    threshold_meant,
+)
 from moeclip_hf.app.samples import Sample
 from moeclip_hf.errors import MoECLIPError
 
@@ -74,10 +81,10 @@ class Handlers:
         """Show the same finding at other thresholds."""
         if inspection is None:
             return gr.skip(), gr.skip(), gr.skip()
-        pixel_threshold = meant(pixel_threshold, inspection.model.pixel_threshold)
+        pixel_threshold = threshold_meant(pixel_threshold, inspection.model.pixel_threshold)
         regions = inspection.detection.regions(pixel_threshold)
         rows: list[Row] = [[*region["box"], region["area"], f"{region['score']:.4f}"] for region in regions]
-        verdict = markup.verdict(inspection, meant(threshold, inspection.model.image_threshold))
+        verdict = markup.verdict(inspection, threshold_meant(threshold, inspection.model.image_threshold))
         return verdict, inspection.overlay(regions, pixel_threshold), _table(rows)
 
     def explain(self, inspection: Inspection | None, explained: Inspection | None) -> tuple[Any, ...]:
@@ -108,7 +115,7 @@ class Handlers:
         try:
             for row in self.inspector.score(paths, class_name, model):
                 rows = [*rows, row]
-                table = _batch_table(rows, meant(threshold, model.image_threshold))
+                table = _batch_table(rows, threshold_meant(threshold, model.image_threshold))
                 yield rows, markup.progress(len(rows), len(paths)), table, gr.skip()
         except MoECLIPError as error:
             yield [], markup.notice(str(error), is_error=True), _table([]), gr.skip()
@@ -119,7 +126,7 @@ class Handlers:
         """Show a batch at a threshold, with a table to download."""
         if not rows:
             return gr.skip(), gr.skip(), gr.skip()
-        threshold = meant(threshold, model.image_threshold)
+        threshold = threshold_meant(threshold, model.image_threshold)
         verdicts = [row.verdict(threshold) for row in rows]
         counts = {kind: verdicts.count(kind) for kind in ("anomalous", "normal", "unreadable")}
         summary = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count or kind != "unreadable")

@@ -91,12 +91,7 @@ def _add_settings(handlers: Handlers, choose_model: bool) -> _Settings:
         gr.Slider(0, 1, shown_threshold(value), step=0.001, label=label, info=info, elem_id=name)
         for name, value, label, info in (
             ("threshold", own.image_threshold, "Image threshold", "Score from which on an image is anomalous."),
-            (
-                "pixel-threshold",
-                own.pixel_threshold,
-                "Pixel threshold",
-                "Map value from which on there is a region.",
-            ),
+            ("pixel-threshold", own.pixel_threshold, "Pixel threshold", "Map value that regions begin at."),
         )
     )
     in_use = gr.HTML(markup.model_in_use(own), elem_id="model")

@@ -11,6 +11,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moeclip_hf.app.style import CSS, theme
+from moeclip_hf.errors import MoECLIPError
 
 # Where the page sends to: files to the first, and names and numbers, which are small, to the others.
 _UPLOAD, _EVENTS = "/gradio_api/upload", ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset")
@@ -105,26 +106,30 @@ def launch_app(
         Its address.
 
     Raises:
-        OSError: if the port is taken.
+        MoECLIPError: if the port is taken, or the address is not this machine's.
     """
-    _, url, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        max_file_size=int(max_upload_mb * (1 << 20)),
-        state_session_capacity=256,
-        enable_monitoring=False,
-        run_history=False,
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
-        footer_links=[],
-        app_kwargs={"middleware": [Middleware(OnlyThePage)], "docs_url": None, "redoc_url": None},
-        theme=theme(),
-        css=CSS,
-    )
+    try:
+        _, url, _ = page.launch(
+            server_name=f"[{host.strip('[]')}]" if ":" in host else host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            max_file_size=int(max_upload_mb * (1 << 20)),
+            state_session_capacity=256,
+            enable_monitoring=False,
+            run_history=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            footer_links=[],
+            app_kwargs={"middleware": [Middleware(OnlyThePage)], "docs_url": None, "redoc_url": None},
+            theme=theme(),
+            css=CSS,
+        )
+    except OSError as error:
+        where = host if port is None else f"{host}, port {port}"
+        raise MoECLIPError(f"cannot listen at {where}: taken already, or not an address of this machine") from error
     if block:
         print(f"The page is at {url}", flush=True)
         page.block_thread()

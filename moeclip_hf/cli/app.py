@@ -60,6 +60,6 @@ def app(
 def is_loopback(host: str) -> bool:
     """Whether an address is this machine's to itself."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
