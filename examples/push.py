@@ -2,8 +2,8 @@
 
     python examples/push.py moeclip-visa USER/moeclip-visa --base-model openai/clip-vit-large-patch14-336
 
-goes to USER/moeclip-visa and to USER/moeclip-visa-adapter. Log in before, with `hf auth login`. `moeclip push` does the
-first alone.
+goes to USER/moeclip-visa and to USER/moeclip-visa-adapter. Log in before, with `hf auth login`. `moeclip push` does
+the first alone.
 """
 
 import argparse

@@ -215,8 +215,8 @@ result = detect("part.png", class_name="metal nut")  # score, is_anomalous, regi
 ```
 
 Without the package, `pipeline(..., trust_remote_code=True)` runs the code that this repository carries; look at it
-before. It needs what `requirements.txt` names. `handler.py` serves the model from Inference Endpoints. The code is part
-of moeclip-hf, Apache-2.0."""
+before. It needs what `requirements.txt` names. `handler.py` serves the model from Inference Endpoints. The code is
+part of moeclip-hf, Apache-2.0."""
 
 
 def _architecture(config: dict[str, Any], is_adapter: bool, processor: dict[str, Any]) -> str:

@@ -4,8 +4,8 @@
 should not. The Auto classes themselves are lazy: they hold names, and import `transformers.models.<model type>` when a
 name is first used. So MoECLIP's names join theirs once their modules are imported, by whomever, and this package
 answers as `transformers.models.moeclip`. Where the Auto classes are there already, the classes are registered at once.
-Pipelines and PEFT's adapter types are plain tables of classes: once either is imported, MoECLIP's part is, and adds
-its own.
+Pipelines and PEFT's adapter types are plain tables of classes: once either is imported, MoECLIP's part is, and its
+classes are added.
 """
 
 import importlib
@@ -27,6 +27,7 @@ _NAMES: dict[str, tuple[str, Any]] = {
 }
 PIPELINE_TASK = "zero-shot-anomaly-detection"
 _PIPELINES = "transformers.pipelines"
+_OWN_PIPELINE = "moeclip_hf.modeling.pipeline_moeclip"
 
 
 def _register_with(module: ModuleType) -> None:
@@ -34,9 +35,12 @@ def _register_with(module: ModuleType) -> None:
     if module.__name__ == "peft":
         importlib.import_module("moeclip_hf.tuner")
     elif module.__name__ == _PIPELINES:
-        pipeline = importlib.import_module("moeclip_hf.modeling.pipeline_moeclip")
-        module.PIPELINE_REGISTRY.register_pipeline(
-            PIPELINE_TASK, pipeline.ZeroShotAnomalyDetectionPipeline, pt_model=module.AutoModel, type="image"
+        # Which may be what imports transformers' pipelines: so it is registered itself when it has been imported.
+        importlib.import_module(_OWN_PIPELINE)
+    elif module.__name__ == _OWN_PIPELINE:
+        pipelines = sys.modules[_PIPELINES]
+        pipelines.PIPELINE_REGISTRY.register_pipeline(
+            PIPELINE_TASK, module.ZeroShotAnomalyDetectionPipeline, pt_model=pipelines.AutoModel, type="image"
         )
     else:
         table, name = _NAMES[module.__name__]
@@ -96,12 +100,12 @@ def register(package: ModuleType) -> None:
     Args:
         package (`ModuleType`): `moeclip_hf`, which gives the classes by name.
     """
-    awaited = {*_NAMES, _PIPELINES, "peft"} - set(sys.modules)
+    awaited = {*_NAMES, _PIPELINES, _OWN_PIPELINE, "peft"} - set(sys.modules)
     if "transformers.models.auto.configuration_auto" in awaited:
         sys.modules[f"transformers.models.{_MODEL_TYPE}"] = package
     else:
         _register_now()
         awaited -= set(_NAMES)
+    sys.meta_path.insert(0, _RegisteringFinder(awaited))
     for name in {_PIPELINES, "peft"} - awaited:
         _register_with(sys.modules[name])
-    sys.meta_path.insert(0, _RegisteringFinder(awaited))

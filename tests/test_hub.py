@@ -20,6 +20,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from moeclip_hf import MoECLIPModel, MoECLIPProcessor
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT
+from moeclip_hf.training.recipes import get_recipe
 
 TOKENS = {"hf_ann": "ann", "hf_bob": "bob"}
 
@@ -67,7 +68,12 @@ class Workplace:
         return self.start("-m", "moeclip_hf.cli", *arguments, **surroundings)
 
 
-PUSH = """
+EXAMPLE = Path(__file__).parent.parent / "examples" / "push.py"
+
+PUSH = (
+    f"EXAMPLE = {str(EXAMPLE)!r}"
+    + """
+import runpy, sys
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi
 from transformers import CLIPModel
@@ -85,6 +91,9 @@ processor.push_to_hub("ann/clip")
 full = MoECLIPModel.from_pretrained("checkpoint", dtype=torch.float32)
 full.push_to_hub("ann/plain")
 processor.push_to_hub("ann/plain")
+
+sys.argv = ["push.py", "checkpoint", "ann/example", "--base-model", "ann/clip"]
+runpy.run_path(EXAMPLE, run_name="__main__")
 
 adapter = full_to_adapter(full, base="ann/clip", adapter_name="textures")
 commit = push_to_hub(Pretrained(adapter, processor), "ann/adapter", commit_message="An adapter")
@@ -114,6 +123,7 @@ push_to_hub("checkpoint", "ann/moved")
 api.delete_file("model.safetensors", "ann/moved")
 push_to_hub("checkpoint", "ann/torn")
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +182,13 @@ def test_a_repository_holds_what_a_checkpoint_needs_and_an_adapter_no_code(workp
     card = hub.read("ann/trained", "README.md").decode()
     assert "base_model: ann/plain" in card
     assert "It was trained on ann/parts." in card
-    assert "| expert learning rate | 0.0005 |" in card
+    assert f"| expert learning rate | {get_recipe('paper').expert_learning_rate} |" in card
     assert hub.repositories["ann/secret"].private
     assert not hub.repositories["ann/moeclip"].private
-    assert workplace.printed[0].startswith(f"{hub.url}/ann/adapter/commit/")
+    assert workplace.printed[:2] == [f"{hub.url}/ann/example", f"{hub.url}/ann/example-adapter"]
+    assert workplace.printed[2].startswith(f"{hub.url}/ann/adapter/commit/")
+    assert hub.names("ann/example") == names
+    assert hub.names("ann/example-adapter") == adapter
     assert workplace.printed[-1] == f"{hub.url}/ann/plain/discussions/1"
     assert "handler.py" in hub.names("ann/plain", "refs/pr/1")
     assert "handler.py" not in hub.names("ann/plain")
@@ -215,7 +228,7 @@ for name in ("ann/moeclip", "ann/plain", "ann/trained", "ann/canary"):
     detect = pipeline("zero-shot-anomaly-detection", model=name)
     assert type(detect).__module__.startswith("moeclip_hf.")
     check(detect("part.png", class_name="granite"))
-for name in ("ann/moeclip", "ann/adapter", "ann/changed", "ann/canary"):
+for name in ("ann/moeclip", "ann/adapter", "ann/example-adapter", "ann/changed", "ann/canary"):
     loaded = load_pretrained(name, device="cpu")
     assert loaded.model.config.name_or_path == name
     run(*loaded)
@@ -324,18 +337,8 @@ refused(encoded, "at most 10 bytes")
 
 
 def test_the_command_scores_images_with_a_checkpoint_of_the_hub_which_then_loads_without_the_hub(workplace):
-    command = (
-        "predict",
-        "part.png",
-        "--model",
-        "ann/moeclip",
-        "--revision",
-        "strict",
-        "--class-name",
-        "granite",
-        "--json",
-    )
-    done = workplace.moeclip(*command, home="dora")
+    which = ("--model", "ann/moeclip", "--revision", "strict")
+    done = workplace.moeclip("predict", "part.png", *which, "--class-name", "granite", "--json", home="dora")
     assert done.returncode == 0, done.stderr
     expected = json.loads((workplace.folder / "expected.json").read_text())["score"]
     row = json.loads(done.stdout)

@@ -99,6 +99,18 @@ def test_the_auto_classes_know_moeclip_whatever_is_imported_first(first, second)
 
 
 @pytest.mark.parametrize(
+    "imports",
+    ["import transformers.pipelines, moeclip_hf", "import moeclip_hf.modeling.pipeline_moeclip"],
+)
+def test_transformers_knows_the_pipeline_whatever_is_imported_first(imports):
+    code = (
+        f"{imports}\nfrom transformers.pipelines import check_task\n"
+        "print(check_task('zero-shot-anomaly-detection')[1]['impl'].__name__)"
+    )
+    assert run(sys.executable, "-c", code).strip() == "ZeroShotAnomalyDetectionPipeline"
+
+
+@pytest.mark.parametrize(
     "imports", ["import moeclip_hf, peft", "import peft, moeclip_hf", "import moeclip_hf\nimport transformers, peft"]
 )
 def test_peft_knows_the_tuner_whatever_is_imported_first(imports):
