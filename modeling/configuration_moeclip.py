@@ -25,12 +25,16 @@ def quarters(depth: int) -> list[int]:
     return sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3, 4)})
 
 
-def _unregistered(custom_pipelines: dict[str, Any]) -> dict[str, Any]:
-    """A repository's pipelines, but for those that are registered: they need no code of the repository."""
+def _without_registered_pipelines(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the custom pipelines that are registered, as they need no code of the checkpoint."""
+    if "custom_pipelines" not in config_dict:
+        return config_dict
     from transformers.pipelines import PIPELINE_REGISTRY
 
     tasks = PIPELINE_REGISTRY.get_supported_tasks()
-    return {task: pipeline for task, pipeline in custom_pipelines.items() if task not in tasks}
+    others = {task: info for task, info in config_dict["custom_pipelines"].items() if task not in tasks}
+    rest = {name: value for name, value in config_dict.items() if name != "custom_pipelines"}
+    return rest | ({"custom_pipelines": others} if others else {})
 
 
 def _is_ascending(values: Iterable[int]) -> bool:
@@ -135,9 +139,7 @@ class MoECLIPConfig(CLIPConfig):
         taps = config_dict.get("feature_layers")
         if "feature_layers" in settings and taps and config_dict.get("image_feature_layer") == taps[-1]:
             settings.setdefault("image_feature_layer", None)
-        if "custom_pipelines" in config_dict:
-            config_dict = config_dict | {"custom_pipelines": _unregistered(config_dict["custom_pipelines"])}
-        return super().from_dict({**config_dict, **settings}, **kwargs)
+        return super().from_dict(_without_registered_pipelines(config_dict) | settings, **kwargs)
 
     def validate_architecture(self) -> None:
         """Refuse settings that contradict each other; part of the validation that `strict` runs."""

@@ -51,9 +51,9 @@ _NOT_CACHED = (errors.LocalEntryNotFoundError, errors.RevisionResolutionError)
 def _describe_status(error: errors.HfHubHTTPError, repo_id: str) -> str:
     status = error.response.status_code
     if status == 401:
-        return f"{repo_id}: the Hub does not know this token: {_LOG_IN} anew."
+        return f"{repo_id}: the Hub asks for a valid token: {_LOG_IN}."
     if status == 403:
-        return f"{repo_id}: the token has no right to do this; take one with write access to this repository."
+        return f"{repo_id}: the token has no right to do this: take one that has."
     said = " ".join((error.server_message or f"status {status}").split())
     return f"{repo_id}: the Hub at {constants.ENDPOINT} answered: {said}"
 

@@ -29,6 +29,12 @@ _TASK_NAME = "Zero-shot anomaly detection"
 _TAGS = ("moeclip", "anomaly-detection", "zero-shot", PIPELINE_TASK)
 _PAPER = "https://arxiv.org/abs/2603.03101"
 
+# All that transformers' own `push_to_hub` puts into the template.
+_TRANSFORMERS_SENTENCE = (
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. "
+    "This model card has been automatically generated."
+)
+
 _CITATION = """```bibtex
 @inproceedings{park2026moeclip,
   title     = {MoECLIP},
@@ -114,9 +120,9 @@ def compose_card(
 
 
 def _is_unfilled_template(text: str) -> bool:
-    """Whether a card is the Hub's template as PEFT writes it into adapter folders, filled in by nobody."""
+    """Whether a card is the Hub's template as PEFT or transformers writes it, filled in by nobody."""
     template = ModelCard.from_template(ModelCardData()).text.split()
-    return text.partition("### Framework versions")[0].split() == template
+    return text.partition("### Framework versions")[0].replace(_TRANSFORMERS_SENTENCE, "").split() == template
 
 
 def _metadata(

@@ -122,6 +122,8 @@ api.create_commit("ann/canary", [CommitOperationAdd(f, canary) for f in files], 
 push_to_hub("checkpoint", "ann/moved")
 api.delete_file("model.safetensors", "ann/moved")
 push_to_hub("checkpoint", "ann/torn")
+api.upload_file(path_or_fileobj=b"# Written on the Hub", path_in_repo="README.md", repo_id="ann/torn")
+push_to_hub("checkpoint", "ann/torn", license="mit")
 """
 )
 
@@ -190,6 +192,10 @@ def test_a_repository_holds_what_a_checkpoint_needs_and_an_adapter_no_code(workp
     assert hub.names("ann/example") == names
     assert hub.names("ann/example-adapter") == adapter
     assert workplace.printed[-1] == f"{hub.url}/ann/plain/discussions/1"
+    assert b"\n# Written on the Hub" in hub.read("ann/torn", "README.md")
+    assert b"license: mit" in hub.read("ann/torn", "README.md")
+    assert b"More Information Needed" in hub.read("ann/plain", "README.md")
+    assert b"More Information Needed" not in hub.read("ann/plain", "README.md", "refs/pr/1")
     assert "handler.py" in hub.names("ann/plain", "refs/pr/1")
     assert "handler.py" not in hub.names("ann/plain")
 
@@ -402,7 +408,7 @@ why("ann/torn")
         "not/a/repository: no such folder, and no id of a Hub repository (USER/NAME).",
         f"ann/secret: no such folder, and no such repository on the Hub. {log_in}",
         f"ann/secret: no such folder, and no such repository on the Hub. {log_in}",
-        "ann/secret: the Hub does not know this token: log in with `hf auth login`, or set HF_TOKEN anew.",
+        "ann/secret: the Hub asks for a valid token: log in with `hf auth login`, or set HF_TOKEN.",
         "loaded",
         "ann/moeclip: has no revision 'v9'.",
         "ann/moved: is no complete checkpoint: it has no model.safetensors, which may have been moved.",
@@ -439,10 +445,10 @@ why("checkpoint", "ann/new", token="hf_ann", base_model="clip")
         home="frank",
     ).splitlines()
     assert set(workplace.hub.repositories) == before
-    no_right = "the token has no right to do this; take one with write access to this repository."
+    no_right = "the token has no right to do this: take one that has."
     assert printed == [
-        "ann/new: the Hub does not know this token: log in with `hf auth login`, or set HF_TOKEN anew.",
-        "ann/new: the Hub does not know this token: log in with `hf auth login`, or set HF_TOKEN anew.",
+        "ann/new: the Hub asks for a valid token: log in with `hf auth login`, or set HF_TOKEN.",
+        "ann/new: the Hub asks for a valid token: log in with `hf auth login`, or set HF_TOKEN.",
         f"ann/new: {no_right}",
         f"ann/moeclip: {no_right}",
         "clip: is no complete checkpoint: it has no processor_config.json, which may have been moved.",

@@ -227,6 +227,8 @@ def test_a_written_repository_scores_as_the_checkpoint_does(pretrained, tmp_path
             outputs = model(**processor(images=image, text=["wood"], return_tensors="pt"))
         maps.append(processor.post_process_anomaly_detection(outputs, [(40, 60)])[0]["map"])
     assert torch.equal(*maps)
+    # The task is registered, so the code beside the checkpoint has nothing to do with it.
+    assert not hasattr(again.model.config, "custom_pipelines")
 
 
 def test_a_dry_run_writes_and_lists_the_repository(checkpoint, results, tmp_path):
