@@ -33,7 +33,7 @@ _ATTEMPTS = 3
 # A protobuf message holds 2 GB at most; beyond this, weights have a file of their own.
 _LARGEST_FILE = 1_500_000_000
 
-# What quantisation calls "MatMul" is products with weights: those of two activations stay as they are.
+# Where one factor is a weight: products of two activations stay as they are.
 _QUANTISED = ["MatMul", "Gemm"]
 
 
@@ -103,8 +103,7 @@ def export_onnx(pretrained: Pretrained, class_names: Sequence[str], output: Path
         pretrained ([`Pretrained`]): in float32 on the CPU.
         class_names: what images will show.
         output (`Path`): new or empty folder.
-        int8 (`bool`): also quantise: weights to 8 bits beforehand, a scale a channel, and what they are multiplied
-            with while it is computed.
+        int8 (`bool`): also write a graph that [`quantise`] made.
 
     Raises:
         MoECLIPError: if a class name cannot be used, a package is missing, or the graph is not as exact as it must be.
@@ -171,9 +170,11 @@ def _describe(pretrained: Pretrained, class_names: Sequence[str]) -> dict[str, A
 
 
 def _write_graph(graph: ExportedGraph, description: dict[str, Any], path: Path) -> None:
-    patch_size: Any = graph.model.config.vision_config.patch_size
+    vision: Any = graph.model.config.vision_config
+    patch_size, side = vision.patch_size, vision.image_size // vision.patch_size
     batch, height, width = (torch.export.Dim(name) for name in ("batch", "grid_height", "grid_width"))
-    inputs = {"pixel_values": torch.zeros(2, 3, 4 * patch_size, 5 * patch_size)}
+    # No edge is that of the tower's own grid, for which positions take another way.
+    inputs = {"pixel_values": torch.zeros(2, 3, (side + 1) * patch_size, (side + 2) * patch_size)}
     dynamic: dict[str, Any] = {"pixel_values": {0: batch, 2: patch_size * height, 3: patch_size * width}}
     if len(graph.anchors) > 1:
         inputs["class_index"] = torch.zeros(2, dtype=torch.int64)
@@ -218,8 +219,8 @@ def quantise(source: Path, target: Path) -> None:
     """
     Quantise a graph's products with weights to 8 bits, dynamically.
 
-    Weights are kept as signed integers with a scale a channel; activations are quantised as they come, a scale a
-    tensor. Convolution, normalisation, softmax and all that maps and scores are made of stay in float32.
+    Weights are kept as signed integers with a scale a channel, of 7 bits, since sums of products of 8 saturate on x86
+    processors without VNNI; activations are quantised as they come, a scale a tensor. Convolution, normalisation, softmax and all that maps and scores are made of stay in float32.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -229,6 +230,7 @@ def quantise(source: Path, target: Path) -> None:
             target,
             op_types_to_quantize=_QUANTISED,
             per_channel=True,
+            reduce_range=True,
             weight_type=QuantType.QInt8,
             use_external_data_format=_weights_file(source).exists(),
         )

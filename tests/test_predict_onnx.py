@@ -1,0 +1,146 @@
+"""`moeclip export`, and `moeclip predict` with what it wrote."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import PreTrainedModel
+from typer.testing import CliRunner
+
+from moeclip_hf.cli import app
+from moeclip_hf.errors import MoECLIPError
+from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT
+
+CLASS_NAMES = ("granite", "wire mesh")
+
+
+def run(*arguments: str | Path):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """The embedded checkpoint's first blocks, which export sooner than all of them."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "short"
+    shutil.copytree(EMBEDDED_CHECKPOINT, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"feature_layers": config["feature_layers"][:1], "moe_layers": config["moe_layers"][:1]}
+    config["image_feature_layer"] = config["feature_layers"][0]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint) -> tuple[Path, str]:
+    """The folder that the command wrote, and what it printed."""
+    folder = checkpoint.with_name("exported")
+    names = [word for name in CLASS_NAMES for word in ("--class-name", name)]
+    result = run("export", "--model", checkpoint, "--output", folder, "--int8", *names)
+    assert result.exit_code == 0, result.output
+    return folder, result.stdout
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Two pictures with a dark spot, in unlike sizes and formats."""
+    folder = tmp_path_factory.mktemp("images")
+    grain = np.random.default_rng(0).normal(150, 8, (96, 130, 1)).repeat(3, axis=2)
+    grain[40:62, 70:95] = 15
+    picture = Image.fromarray(grain.clip(0, 255).astype(np.uint8))
+    picture.save(folder / "wide.png")
+    picture.resize((300, 420)).save(folder / "tall.jpg", quality=95)
+    return folder
+
+
+def test_people_read_how_large_and_how_exact_the_graphs_are(exported):
+    folder, printed = exported
+    for name in ("model.onnx", "model_int8.onnx"):
+        megabytes = (folder / name).stat().st_size / 1e6
+        assert f"{name}: {megabytes:.1f} MB; maps and scores differ from the model's by at most " in printed
+    assert "Classes: granite, wire mesh" in printed
+    assert f"moeclip predict IMAGES --model {folder}" in printed
+    assert (folder / "model_int8.onnx").stat().st_size < 0.5 * (folder / "model.onnx").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--backend", "onnx", "--batch-size", "1", "--threshold", "0.2", "--pixel-threshold", "0.3"],
+        ["--image-size", "72", "--keep-aspect"],
+        ["--tile", "auto"],
+    ],
+    ids=["whole", "alone", "other sizes", "tiles"],
+)
+@pytest.mark.parametrize("class_name", CLASS_NAMES)
+def test_predictions_are_those_of_the_torch_backend(exported, checkpoint, images, tmp_path, options, class_name):
+    rows = {}
+    for side, model in (("torch", checkpoint), ("onnx", exported[0])):
+        arguments = ["predict", images, "--class-name", class_name, "--model", model, "--output-dir", tmp_path / side]
+        shared = [option for option in options if side == "onnx" or option not in ("--backend", "onnx")]
+        result = run(*arguments, "--json", "--maps", "npy", *shared)
+        assert result.exit_code == 0, result.output
+        rows[side] = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(rows["onnx"]) == 2
+    for ours, theirs in zip(rows["onnx"], rows["torch"], strict=True):
+        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-4)
+        for key in ("image", "class_name", "threshold", "is_anomalous", "width", "height"):
+            assert ours[key] == theirs[key]
+        assert [region["box"] for region in ours["regions"]] == [region["box"] for region in theirs["regions"]]
+        assert np.allclose(np.load(ours["map"]), np.load(theirs["map"]), atol=1e-4)
+        overlays = [np.asarray(Image.open(row["overlay"])).astype(int) for row in (ours, theirs)]
+        assert np.abs(overlays[0] - overlays[1]).max() <= 1
+
+
+def test_eight_bits_are_used_by_naming_their_file(exported, images, tmp_path):
+    scores = {}
+    for model in (exported[0], exported[0] / "model_int8.onnx"):
+        result = run(
+            "predict", images, "--class-name", "granite", "--model", model, "--json", "--output-dir", tmp_path
+        )
+        scores[model.name] = [json.loads(line)["score"] for line in result.stdout.splitlines()]
+    assert scores["model_int8.onnx"] != scores["exported"]
+    assert scores["model_int8.onnx"] == pytest.approx(scores["exported"], abs=0.05)
+
+
+def test_an_exported_folder_does_without_the_model(exported, images, tmp_path, monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise AssertionError("a model was made")
+
+    monkeypatch.setattr(PreTrainedModel, "__init__", refuse)
+    result = run(
+        "predict", images, "--class-name", "granite", "--model", exported[0], "--output-dir", tmp_path / "results"
+    )
+    assert result.exit_code == 0, result.output
+    assert "wide.png" in result.stdout
+    assert Image.open(tmp_path / "results" / "tall_overlay.png").size == (300, 420)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--class-name", "zebra"], r"'zebra': the graph was exported for 'granite', 'wire mesh'"),
+        (["--class-name", "granite", "--device", "cuda"], "device 'cuda' cannot be used here"),
+        (["--model", "nowhere", "--backend", "onnx"], "nowhere: no such file"),
+        (["--model", "nowhere.onnx"], "nowhere.onnx: no such file"),
+    ],
+)
+def test_a_users_mistake_is_one_line(exported, images, arguments, words, tmp_path):
+    result = run("predict", images, "--model", exported[0], "--output-dir", tmp_path, *arguments)
+    assert isinstance(result.exception, MoECLIPError)
+    assert words in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+@pytest.mark.parametrize("arguments", [["--backend", "onnx"], ["--model", "x.onnx", "--dtype", "float16"]])
+def test_wrong_usage_ends_with_status_2(images, arguments, tmp_path):
+    assert run("predict", images, "--output-dir", tmp_path, *arguments).exit_code == 2
+
+
+def test_a_filled_folder_is_not_written_to(exported):
+    result = run("export", "--output", exported[0])
+    assert result.exit_code == 1
+    assert "not an empty folder" in str(result.exception)
