@@ -43,6 +43,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.forward
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.metrics
+	$(BIN)/python -m benchmarks.export
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info outputs

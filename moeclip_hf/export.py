@@ -112,6 +112,8 @@ def export_onnx(pretrained: Pretrained, class_names: Sequence[str], output: Path
     """
     require_exporter()
     names = tuple(dict.fromkeys(name.strip() for name in class_names))
+    if not names:
+        raise MoECLIPError('There is no class name to export for: use "object" when none is known.')
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: is not an empty folder: name a new one.")
     if pretrained.model.dtype != torch.float32 or pretrained.model.device.type != "cpu":
@@ -121,17 +123,7 @@ def export_onnx(pretrained: Pretrained, class_names: Sequence[str], output: Path
     try:
         _write_graph(graph, _describe(pretrained, names), output / GRAPH)
         pretrained.processor.save_pretrained(output)
-        detector = load_onnx(output, "cpu")
-        # Where two experts are as likely as each other, rounding tells which is taken: other images are drawn then.
-        for seed in range(_ATTEMPTS):
-            difference = largest_difference(pretrained, detector, names, seed)
-            if difference <= TOLERANCE:
-                break
-        else:
-            raise MoECLIPError(
-                f"The exported graph differs from the model by {difference:.1e}, more than {TOLERANCE:.0e}: it is not "
-                "kept. Please report it with the versions of torch, onnxscript and onnxruntime."
-            )
+        difference = _checked_difference(pretrained, load_onnx(output, "cpu"), names)
         int8_difference = None
         if int8:
             quantise(output / GRAPH, output / INT8_GRAPH)
@@ -219,6 +211,18 @@ def _name_dimensions(graph: "onnx_ir.Graph") -> None:
                 if not isinstance(dimension, int):
                     named = re.sub(r"s\d+", lambda match: names.get(match[0], match[0]), str(dimension))
                     value.shape[axis] = named
+
+
+def _checked_difference(pretrained: Pretrained, exported: Detector, class_names: Sequence[str]) -> float:
+    # Where two experts are as likely as each other, rounding tells which is taken: other images are drawn then.
+    for seed in range(_ATTEMPTS):
+        difference = largest_difference(pretrained, exported, class_names, seed)
+        if difference <= TOLERANCE:
+            return difference
+    raise MoECLIPError(
+        f"The exported graph differs from the model by {difference:.1e}, more than {TOLERANCE:.0e}: it is not kept. "
+        "Please report it with the versions of torch, onnxscript and onnxruntime."
+    )
 
 
 def quantise(source: Path, target: Path) -> None:

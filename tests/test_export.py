@@ -233,6 +233,8 @@ def test_what_cannot_be_exported_is_refused_before_the_work(two_classes, tmp_pat
     half = Pretrained(tiny_model(**FEW_BLOCKS).half(), pretrained.processor)
     with pytest.raises(MoECLIPError, match="float32 on the CPU"):
         export_onnx(half, ["screw"], tmp_path / "half")
+    with pytest.raises(MoECLIPError, match="no class name to export for"):
+        export_onnx(pretrained, [], tmp_path / "nameless")
     with pytest.raises(MoECLIPError, match="A class name is empty"):
         export_onnx(Pretrained(*pretrained), [" "], tmp_path / "nameless")
 
