@@ -25,7 +25,8 @@ from huggingface_hub.utils import validate_repo_id
 import moeclip_hf.modeling
 from moeclip_hf.errors import CheckpointError, PublishingError
 from moeclip_hf.hub_errors import describe_hub_error
-from moeclip_hf.model_card import CardFacts, compose_card, read_evaluation
+from moeclip_hf.model_card import CardFacts, compose_card, read_evaluation, read_json
+from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
 from moeclip_hf.pretrained import ADAPTER_CONFIG, CONFIG, Pretrained, fetch_checkpoint, is_adapter, load_pretrained
 from moeclip_hf.registration import PIPELINE_TASK
 
@@ -63,7 +64,15 @@ _BESIDE = (
     "LICENSE*",
 )
 # What of a repository is replaced as a whole: a file of these that is no longer published is deleted.
-_OURS = ("*.safetensors", "*.safetensors.index.json", "*.py", CONFIG, ADAPTER_CONFIG, PROCESSOR, "requirements.txt")
+_OURS = (
+    *_WEIGHTS[False],
+    *_WEIGHTS[True],
+    CONFIG,
+    ADAPTER_CONFIG,
+    "*_moeclip.py",
+    "moe_lora.py",
+    "handler.py",
+)
 
 # What the code of a repository imports; the ranges are this package's own.
 _REQUIREMENTS = ("torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow", "scipy")
@@ -194,10 +203,7 @@ def repository_files(folder: Path, repo_id: str, facts: CardFacts, card: str | N
         CheckpointError: if the folder is not what can be published.
     """
     adapter = is_adapter(folder)
-    if not (folder / PROCESSOR).exists():
-        raise CheckpointError(
-            f"{folder}: has no {PROCESSOR}: save its processor there with MoECLIPProcessor.save_pretrained."
-        )
+    processor = _processor_config(folder)
     files: dict[str, Path | bytes] = {
         path.name: path
         for path in sorted(folder.iterdir())
@@ -205,15 +211,18 @@ def repository_files(folder: Path, repo_id: str, facts: CardFacts, card: str | N
     }
     if adapter:
         config = _adapter_config(folder, facts.base_model)
-        files |= {ADAPTER_CONFIG: _json(config), PROCESSOR: folder / PROCESSOR}
+        files[ADAPTER_CONFIG] = _json(config)
     else:
         config = _model_config(folder)
-        files |= {CONFIG: _json(config), PROCESSOR: _json(_processor_config(folder))}
+        processor["auto_map"] = {"AutoProcessor": _PROCESSOR_CLASS}
+        processor["image_processor"]["auto_map"] = {"AutoImageProcessor": _IMAGE_PROCESSOR_CLASS}
+        files |= {CONFIG: _json(config | {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES})}
         code = Path(next(iter(moeclip_hf.modeling.__path__)))
         files |= {path.name: path for path in sorted(code.glob("*.py")) if path.name != "__init__.py"}
         files["requirements.txt"] = handler_requirements().encode()
+    files[PROCESSOR] = _json(processor)
     if (folder / CARD).exists():
-        card = (folder / CARD).read_text(encoding="utf-8")
+        card = (folder / CARD).read_text(encoding="utf-8", errors="replace")
     composed = compose_card(folder, config, adapter, repo_id, facts, card)
     return {CARD: composed.encode(), **files, **_shown_by_card(folder, composed, files)}
 
@@ -253,21 +262,28 @@ def _refuse_foreign_evaluation(folder: Path, document: dict[str, Any], path: Pat
 
 
 def _model_config(folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / CONFIG).read_text())
+    config = read_json(folder / CONFIG)
     if config.get("model_type") != "moeclip":
         raise CheckpointError(f"{folder}: is no MoECLIP: its config.json is of type {config.get('model_type')!r}.")
-    return config | {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES}
+    try:
+        MoECLIPConfig.from_dict(config)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    return config
 
 
 def _processor_config(folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / PROCESSOR).read_text())
-    config["auto_map"] = {"AutoProcessor": _PROCESSOR_CLASS}
-    config["image_processor"]["auto_map"] = {"AutoImageProcessor": _IMAGE_PROCESSOR_CLASS}
+    path = folder / PROCESSOR
+    config = read_json(path) if path.exists() else {}
+    if "image_processor" not in config:
+        raise CheckpointError(
+            f"{folder}: has no processor of a MoECLIP: save it there with MoECLIPProcessor.save_pretrained."
+        )
     return config
 
 
 def _adapter_config(folder: Path, base_model: str | None) -> dict[str, Any]:
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    config = read_json(folder / ADAPTER_CONFIG)
     if config.get("peft_type") != "MOE_LORA":
         raise CheckpointError(f"{folder}: is no adapter of type MOE_LORA but of {config.get('peft_type')!r}.")
     base = base_model or config.get("base_model_name_or_path")

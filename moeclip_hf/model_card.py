@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from moeclip_hf.data import find_benchmark
 from moeclip_hf.errors import CheckpointError
 from moeclip_hf.evaluation.results import METRICS, UNDEFINED, markdown_table
+from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
 from moeclip_hf.registration import PIPELINE_TASK
 
 BEGIN = "<!-- moeclip: written by `moeclip push`, anew each time; what stands outside is kept -->"
@@ -85,6 +86,22 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     return document
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    Read a file of settings.
+
+    Raises:
+        CheckpointError: if it holds none.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path}: holds no settings but a {type(settings).__name__}.")
+    return settings
+
+
 def compose_card(
     folder: Path, config: dict[str, Any], is_adapter: bool, repo_id: str, facts: CardFacts, present: str | None
 ) -> str:
@@ -109,14 +126,15 @@ def compose_card(
         else:
             own, text = card.data.to_dict(), card.text.lstrip("\n")
         metadata = _metadata(own, config, is_adapter, repo_id, facts)
-        before, begin, rest = text.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if begin and end:
-            body = _body(folder, config, is_adapter, repo_id, facts, metadata)
-            text = f"{before}{BEGIN}\n\n{body}\n\n{END}{after}"
-        return f"---\n{metadata.to_yaml()}\n---\n\n{text}"
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{repo_id}: the metadata of its README.md cannot be read: {error}") from error
+    except Exception as error:  # of YAML, or of what it says
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{repo_id}: the metadata of its README.md cannot be read: {reason}") from error
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        body = _body(folder, config, is_adapter, repo_id, facts, metadata)
+        text = f"{before}{BEGIN}\n\n{body}\n\n{END}{after}"
+    return f"---\n{metadata.to_yaml()}\n---\n\n{text}"
 
 
 def _is_unfilled_template(text: str) -> bool:
@@ -172,7 +190,7 @@ def _body(
         if is_adapter
         else "a complete checkpoint"
     )
-    processor = json.loads((folder / "processor_config.json").read_text())
+    processor = read_json(folder / "processor_config.json")
     sections = [
         f"# {repo_id.split('/')[-1]}",
         f"[MoECLIP]({_PAPER}) routes the patches of a frozen CLIP to mixtures of LoRA experts. Given an image and the "
@@ -226,6 +244,7 @@ part of moeclip-hf, Apache-2.0."""
 
 
 def _architecture(config: dict[str, Any], is_adapter: bool, processor: dict[str, Any]) -> str:
+    config = config if is_adapter else MoECLIPConfig.from_dict(config).to_dict()  # with what files may leave out
     rank = config["r"] if is_adapter else config["lora_rank"]
     rows = [
         ["", "value"],
@@ -265,7 +284,7 @@ def _training(folder: Path, metadata: ModelCardData) -> str:
         else "What it was trained on is not recorded.",
     ]
     path = folder / "recipe.json"
-    recipe = json.loads(path.read_text()) if path.exists() else {}
+    recipe = read_json(path) if path.exists() else {}
     selection = recipe.pop("selection", None)
     parts.append(
         f"This checkpoint was chosen by: {selection}."
@@ -334,4 +353,4 @@ def _percent(metrics: dict[str, float | None]) -> list[str]:
     return [UNDEFINED if (value := metrics[name]) is None else f"{100 * value:.1f}" for name in METRICS]
 
 
-__all__ = ["BEGIN", "END", "PIPELINE_TAG", "CardFacts", "compose_card", "read_evaluation"]
+__all__ = ["BEGIN", "END", "PIPELINE_TAG", "CardFacts", "compose_card", "read_evaluation", "read_json"]

@@ -148,7 +148,8 @@ def fetch_checkpoint(source: "str | PathLike[str]", revision: str | None = None)
         except Exception as error:  # of the Hub, of the network, of the disk
             reason = describe_hub_error(error, str(source), revision)
             raise CheckpointError(reason or f"{source}: cannot be downloaded: {error}") from error
-    _refuse_incomplete(str(source), {file.name for file in folder.iterdir()})
+    # Where a repository has none of the files, there is not even a folder.
+    _refuse_incomplete(str(source), {file.name for file in folder.iterdir()} if folder.is_dir() else set())
     return folder
 
 

@@ -179,7 +179,7 @@ def test_a_repository_holds_what_a_checkpoint_needs_and_an_adapter_no_code(workp
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    assert hub.names("ann/changed") == adapter
+    assert hub.names("ann/changed") == adapter | {"requirements.txt"}
     assert json.loads(hub.read("ann/adapter", "adapter_config.json"))["base_model_name_or_path"] == "ann/clip"
     card = hub.read("ann/trained", "README.md").decode()
     assert "base_model: ann/plain" in card

@@ -173,10 +173,19 @@ def test_what_stands_outside_of_the_marks_stays_and_the_rest_is_written_anew(che
     assert "| parts |" in again
 
 
-def test_a_card_whose_metadata_cannot_be_read_is_told(checkpoint, tmp_path):
-    (checkpoint / "README.md").write_text("---\nmodel-index: wrong\n---\n# Mine\n")
+@pytest.mark.parametrize("metadata", ["model-index: wrong", "license: [mit", "just a line"])
+def test_a_card_whose_metadata_cannot_be_read_is_told(checkpoint, tmp_path, metadata):
+    (checkpoint / "README.md").write_text(f"---\n{metadata}\n---\n# Mine\n")
     with pytest.raises(CheckpointError, match=r"metadata of its README\.md cannot be read"):
         written(checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json", "recipe.json"])
+def test_a_damaged_file_is_named(checkpoint, tmp_path, name):
+    for damaged, words in (("{", "cannot be read as JSON"), ("[]", "holds no settings but a list")):
+        (checkpoint / name).write_text(damaged)
+        with pytest.raises(CheckpointError, match=rf"{name}: {words}"):
+            written(checkpoint, tmp_path)
 
 
 def test_an_adapter_names_its_base_and_replaces_the_template_that_peft_left(pretrained, tmp_path):
@@ -207,6 +216,9 @@ def test_what_is_no_moeclip_is_refused(checkpoint, pretrained, tmp_path):
     (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "clip"}))
     with pytest.raises(CheckpointError, match=r"is no MoECLIP: its config\.json is of type 'clip'"):
         written(checkpoint, tmp_path)
+    (checkpoint / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 9}))
+    with pytest.raises(CheckpointError, match=r"config\.json: num_experts_per_tok \(9\)"):
+        written(checkpoint, tmp_path)
     with pytest.raises(CheckpointError, match="no such folder"):
         written(tmp_path / "nowhere", tmp_path)
     with pytest.raises(PublishingError, match=r"no id of a Hub repository: name it USER/NAME"):
@@ -227,6 +239,10 @@ def test_a_written_repository_scores_as_the_checkpoint_does(pretrained, tmp_path
             outputs = model(**processor(images=image, text=["wood"], return_tensors="pt"))
         maps.append(processor.post_process_anomaly_detection(outputs, [(40, 60)])[0]["map"])
     assert torch.equal(*maps)
+    published = json.loads((tmp_path / "repository" / "config.json").read_text())
+    assert published.pop("auto_map")["AutoModel"] == "modeling_moeclip.MoECLIPModel"
+    assert set(published.pop("custom_pipelines")) == {"zero-shot-anomaly-detection"}
+    assert published == json.loads((EMBEDDED_CHECKPOINT / "config.json").read_text())
     # The task is registered, so the code beside the checkpoint has nothing to do with it.
     assert not hasattr(again.model.config, "custom_pipelines")
 
