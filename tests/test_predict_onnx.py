@@ -1,7 +1,10 @@
 """`moeclip export`, and `moeclip predict` with what it wrote."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +15,10 @@ from typer.testing import CliRunner
 
 from moeclip_hf.cli import app
 from moeclip_hf.errors import MoECLIPError
-from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT
+from moeclip_hf.prediction import predict
+from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
 
+DOCUMENTATION = Path(__file__).resolve().parent.parent / "docs" / "export.md"
 CLASS_NAMES = ("granite", "wire mesh")
 
 
@@ -144,3 +149,18 @@ def test_a_filled_folder_is_not_written_to(exported):
     result = run("export", "--output", exported[0])
     assert result.exit_code == 1
     assert "not an empty folder" in str(result.exception)
+
+
+def test_the_documented_example_needs_onnxruntime_and_numpy_alone(exported, checkpoint, images, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(), flags=re.DOTALL)
+    (tmp_path / "moeclip-onnx").symlink_to(exported[0])
+    Image.open(images / "wide.png").save(tmp_path / "part.png")
+    code = code.replace('"screw"', '"wire mesh"') + "\nimport sys\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    prediction = next(predict(load_pretrained(checkpoint, "cpu"), [images / "wide.png"], "wire mesh"))
+    score, verdict, shape, imported = re.fullmatch(r"(\S+) (\w+) (.*)\n(\w+)\n", done.stdout).groups()
+    assert float(score) == pytest.approx(prediction.score, abs=1e-4)
+    assert verdict == str(prediction.is_anomalous)
+    assert shape == "(1, 14, 14)"
+    assert imported == "False"
