@@ -23,7 +23,6 @@ from moeclip_hf import MoECLIPImageProcessor, MoECLIPProcessor
 from moeclip_hf.data import load_data
 from moeclip_hf.data.textures import write_texture_benchmark
 from moeclip_hf.evaluation import evaluate
-from moeclip_hf.prediction import class_anchors
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, Pretrained
 
 
@@ -39,7 +38,7 @@ def main() -> None:
     size = {"height": args.image_size, "width": args.image_size}
     pretrained = Pretrained(random_model(), MoECLIPProcessor(MoECLIPImageProcessor(size), tokenizer))
     pixel_values = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
-    anchors = class_anchors(pretrained, "wood grain")
+    anchors = pretrained.encode_class("wood grain")
 
     def forwards() -> None:
         with torch.inference_mode():

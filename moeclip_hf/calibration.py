@@ -19,7 +19,6 @@ from moeclip_hf.data import LABELS, Record, read_mask
 from moeclip_hf.data.records import to_dataset
 from moeclip_hf.errors import CheckpointError, MoECLIPError
 from moeclip_hf.histogram import ScoreHistogram
-from moeclip_hf.prediction import class_anchors
 from moeclip_hf.pretrained import Pretrained
 from moeclip_hf.reading import read_ahead, read_row
 
@@ -188,7 +187,7 @@ def score_for_calibration(
     if "shortest_edge" in processor.image_processor.size:
         batch_size = 1  # images keep their aspect ratios, and unlike ones make no batch
     scored = CalibrationScores()
-    anchors = {name: class_anchors(pretrained, name) for name in dict.fromkeys(rows["prompt_name"])}
+    anchors = {name: pretrained.encode_class(name) for name in dict.fromkeys(rows["prompt_name"])}
 
     def read(index: int) -> tuple[dict[str, Any], torch.Tensor]:
         row = read_row(rows, index)

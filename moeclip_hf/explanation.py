@@ -23,7 +23,6 @@ from moeclip_hf.modeling.moe_lora import (
     route,
     vector_norm,
 )
-from moeclip_hf.prediction import class_anchors
 from moeclip_hf.pretrained import Pretrained
 
 
@@ -143,7 +142,7 @@ def explain(pretrained: Pretrained, image: ImageLike, class_name: str = "object"
         )
     image = to_rgb(image)
     pixel_values = processor(images=image, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-    inputs = {"pixel_values": pixel_values, "text_embeds": class_anchors(pretrained, class_name).clone()}
+    inputs = {"pixel_values": pixel_values, "text_embeds": pretrained.encode_class(class_name).clone()}
     # Nothing but hidden states takes part in the graph, which begins at the first experts: it costs little memory.
     weights: dict[str, torch.Tensor] = {
         name: nn.Parameter(weight.detach(), False) for name, weight in model.named_parameters()

@@ -14,7 +14,7 @@ from PIL import Image
 from moeclip_hf.errors import MoECLIPError, UnreadableImageError
 from moeclip_hf.modeling.image_processing_moeclip import to_rgb
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor, find_regions, upsample
-from moeclip_hf.pretrained import Detector, Pretrained
+from moeclip_hf.pretrained import Detector
 from moeclip_hf.reading import read_ahead
 from moeclip_hf.tiling import Tiling, detect_in_tiles
 
@@ -177,17 +177,17 @@ def predict(
         yield from batch
 
 
-def detect(pretrained: Pretrained, image: Image.Image, anchors: torch.Tensor) -> Detection:
+def detect(detector: Detector, image: Image.Image, encoded_class: torch.Tensor) -> Detection:
     """
     Score one image, and keep what its verdict and regions are made from.
 
     Args:
-        pretrained ([`Pretrained`]): from [`load_pretrained`].
+        detector ([`Detector`]): such as from [`load_pretrained`].
         image: RGB, from [`read_image`].
-        anchors (`torch.Tensor`): (1, 2, D), from [`class_anchors`].
+        encoded_class (`torch.Tensor`): from [`Detector.encode_class`].
     """
-    pixel_values = pretrained.processor(images=image, return_tensors="pt")["pixel_values"]
-    grids, scores = pretrained.patch_maps(pixel_values, anchors)
+    pixel_values = detector.processor(images=image, return_tensors="pt")["pixel_values"]
+    grids, scores = detector.patch_maps(pixel_values, encoded_class)
     return Detection(scores.item(), grids[0].float().cpu(), (image.height, image.width))
 
 
@@ -233,11 +233,6 @@ def _detect(
         found = processor.read_patch_maps(grids, scores, sizes, threshold, pixel_threshold)
         results.update(zip(indices, found, strict=True))
     return [results[index] for index in range(len(images))]
-
-
-def class_anchors(pretrained: Pretrained, class_name: str) -> torch.Tensor:
-    """Anchors of one class, (1, 2, D), computed once for all its images."""
-    return pretrained.encode_class(class_name)
 
 
 def _read(path: Path) -> Prediction:

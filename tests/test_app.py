@@ -34,7 +34,7 @@ from moeclip_hf.app.inspector import (
 from moeclip_hf.app.samples import render_samples, samples_of_folder
 from moeclip_hf.cli import app as cli
 from moeclip_hf.errors import MoECLIPError, UnreadableImageError
-from moeclip_hf.prediction import class_anchors, detect, predict, read_image
+from moeclip_hf.prediction import detect, predict, read_image
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +70,7 @@ def address():
 
 def test_a_detection_is_a_prediction_whose_thresholds_can_move(spotted):
     pretrained = load_pretrained(device="cpu")
-    found = detect(pretrained, read_image(spotted), class_anchors(pretrained, "granite"))
+    found = detect(pretrained, read_image(spotted), pretrained.encode_class("granite"))
     for threshold in (0.05, 0.1, 0.3):
         expected = next(predict(pretrained, [spotted], "granite", pixel_threshold=threshold))
         assert found.score == pytest.approx(expected.score, abs=1e-6)

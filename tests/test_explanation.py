@@ -13,7 +13,6 @@ from moeclip_hf.cli import app
 from moeclip_hf.data.textures import render
 from moeclip_hf.errors import CheckpointError
 from moeclip_hf.explanation import Explanation, LayerExplanation, explain
-from moeclip_hf.prediction import class_anchors
 from moeclip_hf.pretrained import Pretrained, load_pretrained
 from moeclip_hf.visualization import draw_attributions, draw_routing
 
@@ -33,7 +32,7 @@ def explanation(pretrained) -> Explanation:
 @pytest.fixture(scope="module")
 def inputs(pretrained) -> dict[str, torch.Tensor]:
     pixel_values = pretrained.processor(images=IMAGE, return_tensors="pt")["pixel_values"].double()
-    return {"pixel_values": pixel_values, "text_embeds": class_anchors(pretrained, "wire mesh")}
+    return {"pixel_values": pixel_values, "text_embeds": pretrained.encode_class("wire mesh")}
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from moeclip_hf import MoECLIPImageProcessor, MoECLIPOutput, MoECLIPProcessor
 from moeclip_hf.cli import app
 from moeclip_hf.data.textures import render
 from moeclip_hf.errors import MoECLIPError
-from moeclip_hf.prediction import class_anchors, input_size, predict
+from moeclip_hf.prediction import input_size, predict
 from moeclip_hf.pretrained import Pretrained, load_pretrained
 from moeclip_hf.tiling import Tiling, detect_in_tiles, tile_starts
 
@@ -47,7 +47,7 @@ def whole(pretrained: Pretrained, image: Image.Image, class_name: str = "granite
 
 
 def tiled(pretrained: Pretrained, image: Image.Image, tiling: Tiling, class_name: str = "granite", **kwargs) -> dict:
-    return detect_in_tiles(pretrained, image, class_anchors(pretrained, class_name), tiling, **kwargs)
+    return detect_in_tiles(pretrained, image, pretrained.encode_class(class_name), tiling, **kwargs)
 
 
 # Where tiles lie, and how they blend

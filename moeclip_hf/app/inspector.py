@@ -14,7 +14,7 @@ from PIL import Image
 
 from moeclip_hf.errors import MoECLIPError, UnreadableImageError
 from moeclip_hf.explanation import explain
-from moeclip_hf.prediction import Detection, class_anchors, detect, read_image
+from moeclip_hf.prediction import Detection, detect, read_image
 from moeclip_hf.pretrained import Pretrained, load_pretrained
 from moeclip_hf.reading import read_ahead
 from moeclip_hf.visualization import draw_attributions, draw_overlay, draw_routing
@@ -191,7 +191,7 @@ class Inspector:
 def _anchors(pretrained: Pretrained, class_name: str) -> torch.Tensor:
     if len(class_name) > LONGEST_CLASS_NAME:
         raise MoECLIPError(f"a class name has {LONGEST_CLASS_NAME} characters at most, not {len(class_name)}")
-    return class_anchors(pretrained, class_name)
+    return pretrained.encode_class(class_name)
 
 
 def _describe(name: str, pretrained: Pretrained) -> ModelChoice:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from moeclip_hf.data import read_mask
-from moeclip_hf.prediction import class_anchors
 from moeclip_hf.reading import read_ahead, read_row
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def score_batches(
     model, processor = pretrained
     prompt_names = list(rows["prompt_name"])
     anchors = {
-        name: class_anchors(pretrained, name)
+        name: pretrained.encode_class(name)
         for name in dict.fromkeys(prompt_names[index] for batch in batches for index in batch.indices)
     }
 
