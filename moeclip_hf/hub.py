@@ -221,9 +221,10 @@ def repository_files(folder: Path, repo_id: str, facts: CardFacts, card: str | N
         files |= {path.name: path for path in sorted(code.glob("*.py")) if path.name != "__init__.py"}
         files["requirements.txt"] = handler_requirements().encode()
     files[PROCESSOR] = _json(processor)
-    if (folder / CARD).exists():
+    has_card = (folder / CARD).exists()
+    if has_card:
         card = (folder / CARD).read_text(encoding="utf-8", errors="replace")
-    composed = compose_card(folder, config, adapter, repo_id, facts, card)
+    composed = compose_card(folder, config, adapter, repo_id, facts, card, keep_results=has_card)
     return {CARD: composed.encode(), **files, **_shown_by_card(folder, composed, files)}
 
 

@@ -103,7 +103,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def compose_card(
-    folder: Path, config: dict[str, Any], is_adapter: bool, repo_id: str, facts: CardFacts, present: str | None
+    folder: Path,
+    config: dict[str, Any],
+    is_adapter: bool,
+    repo_id: str,
+    facts: CardFacts,
+    present: str | None,
+    keep_results: bool = True,
 ) -> str:
     """
     Write a repository's model card.
@@ -115,6 +121,8 @@ def compose_card(
         repo_id: of the repository.
         facts ([`CardFacts`])
         present: the text of a card that is there already.
+        keep_results: whether its `model-index` may be the user's own. Otherwise, and in a card that is written here,
+            it is of an earlier push, perhaps of other weights, and goes where no evaluation takes its place.
 
     Raises:
         CheckpointError: if the metadata of the present card cannot be read.
@@ -125,6 +133,8 @@ def compose_card(
             own, text = {}, f"{BEGIN}\n{END}\n"
         else:
             own, text = card.data.to_dict(), card.text.lstrip("\n")
+        if BEGIN in text or not keep_results:
+            own.pop("model-index", None)
         metadata = _metadata(own, config, is_adapter, repo_id, facts)
     except Exception as error:  # of YAML, or of what it says
         reason = " ".join(str(error).split())
@@ -148,10 +158,15 @@ def _metadata(
 ) -> ModelCardData:
     """The user's own metadata, completed; what the code decides goes before it, and an evaluation replaces another."""
     base_model = facts.base_model or (config["base_model_name_or_path"] if is_adapter else own.get("base_model"))
+    tags = own.get("tags", [])
     written: dict[str, Any] = {
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": own.get("pipeline_tag", PIPELINE_TAG),
-        "tags": list(dict.fromkeys([*own.get("tags", ()), *_TAGS, *(["moe-lora"] if is_adapter else [])])),
+        "tags": list(
+            dict.fromkeys(
+                [*([tags] if isinstance(tags, str) else tags), *_TAGS, *(["moe-lora"] if is_adapter else [])]
+            )
+        ),
         "base_model": base_model,
         "base_model_relation": ("adapter" if is_adapter else "finetune") if base_model else None,
         "datasets": list(facts.datasets) or own.get("datasets"),

@@ -19,8 +19,8 @@ from moeclip_hf.data import load_data
 from moeclip_hf.errors import CheckpointError, PublishingError
 from moeclip_hf.evaluation import evaluate, write_reports
 from moeclip_hf.evaluation.protocol import provenance
-from moeclip_hf.hub import write_repository
-from moeclip_hf.model_card import BEGIN, END
+from moeclip_hf.hub import repository_files, write_repository
+from moeclip_hf.model_card import BEGIN, END, CardFacts
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, Pretrained, load_pretrained
 from moeclip_hf.training.recipes import describe_recipe, get_recipe
 
@@ -140,7 +140,7 @@ def test_an_evaluation_of_other_weights_or_something_else_is_refused(checkpoint,
 
 
 def test_a_card_of_the_users_keeps_its_text_and_metadata(checkpoint, results, tmp_path):
-    own = "---\nlicense: mit\ntags: [screws]\npipeline_tag: mask-generation\n---\n\n# Screws\n\nMine. ![Me](me.png)\n"
+    own = "---\nlicense: mit\ntags: screws\npipeline_tag: mask-generation\n---\n\n# Screws\n\nMine. ![Me](me.png)\n"
     (checkpoint / "README.md").write_text(own)
     Image.new("RGB", (4, 4)).save(checkpoint / "me.png")
     (tmp_path / "secret.txt").write_text("not for the Hub")
@@ -171,6 +171,19 @@ def test_what_stands_outside_of_the_marks_stays_and_the_rest_is_written_anew(che
     assert again.count("# Mine") == 1
     assert "No evaluation was published" not in again
     assert "| parts |" in again
+
+
+def test_figures_of_an_earlier_push_go_with_their_weights_and_those_of_the_user_stay(checkpoint, results, tmp_path):
+    first, _ = written(checkpoint, tmp_path, evaluation=results)
+    assert first["model-index"]
+    published = (tmp_path / "repository" / "README.md").read_text()
+    (checkpoint / "README.md").write_text(published)
+    assert "model-index" not in written(checkpoint, tmp_path)[0]
+    (checkpoint / "README.md").write_text(published.replace(BEGIN, "").replace(END, ""))
+    assert written(checkpoint, tmp_path)[0]["model-index"] == first["model-index"]
+    (checkpoint / "README.md").unlink()
+    files = repository_files(checkpoint, "ann/moeclip", CardFacts(), published.replace(BEGIN, "").replace(END, ""))
+    assert b"model-index" not in files["README.md"]
 
 
 @pytest.mark.parametrize("metadata", ["model-index: wrong", "license: [mit", "just a line"])
