@@ -315,12 +315,10 @@ def _json(document: dict[str, Any]) -> bytes:
 
 def _shown_by_card(folder: Path, card: str, files: dict[str, Path | bytes]) -> dict[str, Path | bytes]:
     """Pictures and other files of the folder that the card's text links to."""
-    shown: dict[str, Path | bytes] = {}
-    for link in re.findall(r"\]\(([^)#:]+)\)", card):
-        path = (folder / link).resolve()
-        if path.is_file() and path.is_relative_to(folder.resolve()) and link not in files:
-            shown[path.relative_to(folder.resolve()).as_posix()] = path
-    return shown
+    root = folder.resolve()
+    linked = {(root / link).resolve() for link in re.findall(r"\]\(([^)#:]+)\)", card)}
+    inside = {path.relative_to(root).as_posix(): path for path in sorted(linked) if path.is_relative_to(root)}
+    return {name: path for name, path in inside.items() if path.is_file() and name not in files and name != CARD}
 
 
 def _is_stale(path: str, files: dict[str, Path | bytes]) -> bool:
