@@ -140,13 +140,14 @@ def test_an_evaluation_of_other_weights_or_something_else_is_refused(checkpoint,
 
 
 def test_a_card_of_the_users_keeps_its_text_and_metadata(checkpoint, results, tmp_path):
-    own = "---\nlicense: mit\ntags: screws\npipeline_tag: mask-generation\n---\n\n# Screws\n\nMine. ![Me](me.png) [It](./config.json)\n"
+    body = "\n# Screws\n\nMine. ![Me](me.png) [It](./config.json)\n"
+    own = f"---\nlicense: mit\ntags: screws\npipeline_tag: mask-generation\n---\n{body}"
     (checkpoint / "README.md").write_text(own)
     Image.new("RGB", (4, 4)).save(checkpoint / "me.png")
     (tmp_path / "secret.txt").write_text("not for the Hub")
     (checkpoint / "notes.txt").write_text("nor this")
     metadata, text = written(checkpoint, tmp_path, evaluation=results)
-    assert text == "\n# Screws\n\nMine. ![Me](me.png) [It](./config.json)\n"
+    assert text == body
     assert "auto_map" in (tmp_path / "repository" / "config.json").read_text()
     assert metadata["license"] == "mit"
     assert metadata["tags"][0] == "screws"
