@@ -3,16 +3,20 @@
 import csv
 import io
 import json
-import os
 import re
+import runpy
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import gradio as gr
 import httpx
 import numpy as np
 import pytest
+import torch
 import yaml
 from gradio_client import Client
 from PIL import Image
@@ -34,7 +38,7 @@ from moeclip_hf.app.inspector import (
 from moeclip_hf.app.samples import render_samples, samples_of_folder
 from moeclip_hf.cli import app as cli
 from moeclip_hf.errors import MoECLIPError, UnreadableImageError
-from moeclip_hf.prediction import detect, predict, read_image
+from moeclip_hf.prediction import Detection, detect, predict, read_image
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,19 +84,20 @@ def test_a_detection_is_a_prediction_whose_thresholds_can_move(spotted):
     assert found.grid.numel() < 1000
 
 
-def test_pictures_are_small_and_regions_in_the_images_own_pixels(inspector, spotted, tmp_path, monkeypatch):
+def test_pictures_are_small_and_regions_in_the_images_own_pixels(inspector, spotted, tmp_path):
     large = tmp_path / "large.png"
     Image.open(spotted).resize((1200, 800)).save(large)
     inspection = inspector.inspect(large, "granite", inspector.model)
     assert inspection.picture.size == (1024, 683)
-    regions = inspection.detection.regions(0.1)
-    left, top, right, bottom = regions[0]["box"]
-    assert left < 840 < right  # the spot's middle
-    assert top < 340 < bottom
-    framed = np.asarray(inspection.overlay(regions[:1], 0.1))
+    grid = torch.zeros(9, 13)  # values 100 pixels apart, from corner to corner
+    grid[2:5, 6:9] = 1
+    inspection = replace(inspection, detection=Detection(0.9, grid, (800, 1200)))
+    (region,) = regions = inspection.detection.regions(0.5)
+    assert region["box"] == pytest.approx([550, 150, 850, 450], abs=2)
+    framed = np.asarray(inspection.overlay(regions, 0.5))
     rows, columns = np.nonzero((framed == (0, 255, 255)).all(axis=2))
-    assert columns.min() == pytest.approx(left * 1024 / 1200, abs=6)
-    assert rows.max() == pytest.approx(min(bottom, 800) * 1024 / 1200, abs=6)
+    assert columns.min() == pytest.approx(550 * 1024 / 1200, abs=6)
+    assert rows.max() == pytest.approx(450 * 1024 / 1200, abs=6)
 
 
 def test_a_slider_means_the_checkpoints_own_threshold_until_it_is_moved():
@@ -107,7 +112,7 @@ def test_moving_a_slider_changes_verdict_overlay_and_regions_and_runs_no_model(h
         spotted, "granite", handlers.inspector.model, 0.0, 0.05
     )
     monkeypatch.setattr("moeclip_hf.app.inspector.detect", None)
-    moved_verdict, moved_overlay, moved_regions = handlers.redraw(inspection, 1.0, 0.9)
+    moved_verdict, moved_overlay, moved_regions = handlers.redraw(inspection, 1.0, 1.0)
     assert ">Anomalous<" in verdict
     assert ">Normal<" in moved_verdict
     assert f"{inspection.detection.score:.4f}" in verdict
@@ -148,7 +153,7 @@ REASONS = {
     "cut": "cut.png: cannot be read as an image",
     "program": "program.png: cannot be read as an image",
     "large": "large.png: has 1500 x 1000 pixels, and 1 megapixels are taken here at most",
-    "bomb": "bomb.png: is larger than the 1 megapixels taken here",
+    "bomb": "bomb.png: has more pixels than are taken here",
     "strip": "strip.png: has 1000 x 4 pixels: a side may be 8 times the other at most",
     "gone": "gone.png: is no longer here: upload it again",
 }
@@ -210,17 +215,16 @@ def test_experts_are_drawn_once_an_image(handlers, spotted, monkeypatch):
 
 def test_a_batch_names_what_cannot_be_read_and_scores_the_rest_as_predict_does(handlers, spotted, unreadable):
     model = handlers.inspector.model
-    *_, (rows, summary, table, download) = handlers.score(
-        [str(path) for path in (spotted, unreadable["text"], unreadable["large"])],
-        "granite",
-        model,
-        shown_threshold(model.image_threshold),
-    )
+    files = [str(path) for path in (spotted, unreadable["text"], unreadable["large"])]
+    threshold = shown_threshold(model.image_threshold)
+    *_, (rows, _, growing, _) = handlers.score(files, "granite", model, threshold)
+    summary, table, download = handlers.conclude(rows, model, threshold)
     pretrained = load_pretrained(device="cpu")
     expected = next(predict(pretrained, [spotted], "granite"))
     assert [row.file for row in rows] == ["spot.png", "text.png", "large.png"]
     assert rows[0].score == pytest.approx(expected.score, abs=1e-6)
-    assert [line[2] for line in table["value"]] == [
+    assert growing == table
+    assert [line[0] for line in table["value"]] == [
         "anomalous" if expected.is_anomalous else "normal",
         "unreadable",
         "unreadable",
@@ -237,12 +241,35 @@ def test_a_batch_names_what_cannot_be_read_and_scores_the_rest_as_predict_does(h
 
 def test_a_batch_tells_how_far_it_is_and_follows_the_threshold_without_the_model(handlers, spotted, monkeypatch):
     steps = list(handlers.score([str(spotted)] * 3, "granite", handlers.inspector.model, 1.0))
-    assert [re.findall(r"(\d) of 3", step[1]) for step in steps] == [["0"], ["1"], ["2"], ["3"], []]
-    assert "0 anomalous, 3 normal" in steps[-1][1]
+    assert [re.findall(r"(\d) of 3", step[1]) for step in steps] == [["0"], ["1"], ["2"], ["3"]]
+    assert {line[0] for line in steps[-1][2]["value"]} == {"normal"}
     monkeypatch.setattr("moeclip_hf.app.inspector.detect", None)
     summary, table, _ = handlers.conclude(steps[-1][0], handlers.inspector.model, 0.0)
     assert "3 anomalous, 0 normal" in summary
-    assert {line[2] for line in table["value"]} == {"anomalous"}
+    assert {line[0] for line in table["value"]} == {"anomalous"}
+
+
+def test_the_model_does_one_thing_at_a_time_though_a_stopped_batch_ends_its_step(inspector, spotted, monkeypatch):
+    inspection = inspector.inspect(spotted, "granite", inspector.model)
+    at_once, most = [], []
+
+    def work(*given):
+        at_once.append(given)
+        time.sleep(0.02)
+        most.append(len(at_once))
+        at_once.pop()
+        return inspection.detection
+
+    for name in ("detect", "explain"):
+        monkeypatch.setattr(f"moeclip_hf.app.inspector.{name}", work)
+    for name in ("draw_routing", "draw_attributions"):
+        monkeypatch.setattr(f"moeclip_hf.app.inspector.{name}", lambda *given: None)
+    with ThreadPoolExecutor() as visitors:
+        for _ in range(3):
+            visitors.submit(inspector.explain, inspection)
+            visitors.submit(inspector.inspect, spotted, "granite", inspector.model)
+            visitors.submit(list, inspector.score([spotted], "granite", inspector.model))
+    assert most == [1] * 9
 
 
 def test_a_batch_of_nothing_or_of_too_much_is_refused(handlers, spotted, monkeypatch):
@@ -321,8 +348,9 @@ def test_visitors_choose_the_model_only_where_that_is_allowed():
 
 def test_events_that_run_the_model_wait_in_one_line_of_bounded_length():
     page = build_app(device="cpu", choose_model=True)
-    running = [fn for fn in page.fns.values() if fn.name in {"load", "receive", "choose_sample", "inspect", "score"}]
-    assert len(running) >= 6
+    names = {"load", "receive", "choose_sample", "inspect", "explain", "score"}
+    running = [fn for fn in page.fns.values() if fn.name in names]
+    assert {fn.name for fn in running} == names
     assert {(fn.concurrency_id, fn.concurrency_limit) for fn in running} == {("model", 1)}
     assert page._queue.max_size == 32
     assert not page.api_open
@@ -373,24 +401,25 @@ def test_other_routes_lead_nowhere_either(address, route):
     assert "root:" not in answer.text
 
 
-def inspect_event(address: str, page_config: dict, path: str, session: str) -> httpx.Response:
-    receive = next(event for event in page_config["dependencies"] if event["api_name"] == "receive")
+def inspect_event(address: str, path: str, session: str) -> httpx.Response:
+    events = httpx.get(f"{address}config").json()["dependencies"]
+    receive = next(event for event in events if event["api_name"] == "receive")
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
     data = {"data": [file, "object", None, 0.5, 0.5], "fn_index": receive["id"], "session_hash": session}
     return httpx.post(f"{address}gradio_api/queue/join", json=data)
 
 
-def test_an_event_that_names_a_file_of_the_server_or_the_web_is_refused(address):
-    config = httpx.get(f"{address}config").json()
-    assert inspect_event(address, config, "http://example.org/a.png", "web").status_code == 403
-    for path in ("/etc/passwd", str(ROOT / "tests" / "conftest.py")):
-        session = f"session-{Path(path).name}"
-        assert inspect_event(address, config, path, session).status_code == 200
-        with httpx.stream("GET", f"{address}gradio_api/queue/data?session_hash={session}", timeout=30) as stream:
+def test_an_event_inspects_what_was_uploaded_and_no_file_of_the_server_or_the_web(address, spotted):
+    assert inspect_event(address, "http://example.org/a.png", "web").status_code == 403
+    (uploaded,) = httpx.post(f"{address}gradio_api/upload", files={"files": ("spot.png", spotted.read_bytes())}).json()
+    for index, path in enumerate((uploaded, str(spotted), "/etc/passwd")):
+        assert inspect_event(address, path, f"session-{index}").status_code == 200
+        queue = f"{address}gradio_api/queue/data?session_hash=session-{index}"
+        with httpx.stream("GET", queue, timeout=120) as stream:
             events = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: ")]
         (completed,) = (event for event in events if event["msg"] == "process_completed")
-        assert completed["success"] is False
-        assert "moeclip" not in json.dumps(completed["output"])
+        assert completed["success"] is (path == uploaded)
+        assert ("moeclip-verdict" in json.dumps(completed["output"])) is (path == uploaded)
 
 
 @pytest.mark.parametrize(
@@ -427,12 +456,6 @@ def test_clients_of_its_api_find_nothing_to_call(address):
     assert client.view_api(return_format="dict")["named_endpoints"] == {}
 
 
-def run_in_process(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, cwd=ROOT
-    )
-
-
 def test_without_gradio_the_command_says_what_to_install():
     code = (
         "import sys; sys.modules['gradio'] = None\n"
@@ -440,7 +463,7 @@ def test_without_gradio_the_command_says_what_to_install():
         "util.find_spec = lambda name, *rest: None if name == 'gradio' else found(name, *rest)\n"
         "import moeclip_hf.cli as cli; sys.argv = ['moeclip', 'app']; cli.main()"
     )
-    done = run_in_process(code)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert done.stderr.strip() == "moeclip: the page needs gradio: pip install 'moeclip-hf[app]'"
 
@@ -478,7 +501,7 @@ def test_a_port_that_is_taken_and_a_model_that_is_missing_are_one_line(address, 
         assert "\n" not in str(failure)
 
 
-def test_the_space_says_what_the_hub_asks_for_and_its_page_builds():
+def test_the_space_says_what_the_hub_asks_for_and_its_page_builds(monkeypatch):
     _, front_matter, _ = (SPACE / "README.md").read_text().split("---\n", 2)
     settings = yaml.safe_load(front_matter)
     constraints = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
@@ -491,9 +514,6 @@ def test_the_space_says_what_the_hub_asks_for_and_its_page_builds():
     supported = re.findall(r"Python :: (3\.\d+)", (ROOT / "setup.cfg").read_text())
     assert settings["python_version"] in supported
     assert "moeclip-hf" in (SPACE / "requirements.txt").read_text()
-    code = (
-        f"import runpy; space = runpy.run_path({str(SPACE / 'app.py')!r})\n"
-        "import gradio; assert isinstance(space['page'], gradio.Blocks); print('built')"
-    )
-    done = run_in_process(code, MOECLIP_MODEL=str(EMBEDDED_CHECKPOINT))
-    assert done.stdout.strip().endswith("built"), done.stderr
+    monkeypatch.setenv("MOECLIP_MODEL", str(EMBEDDED_CHECKPOINT))
+    page = runpy.run_path(str(SPACE / "app.py"))["page"]
+    assert EMBEDDED_CHECKPOINT.name in " ".join(labels(page))

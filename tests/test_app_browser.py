@@ -3,7 +3,7 @@
 import csv
 import re
 import shutil
-import time
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from moeclip_hf.app import build_app, inspector, launch_app
 from moeclip_hf.data.textures import add_defect
+from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
@@ -25,8 +26,8 @@ FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
 )
-# The first event takes longest on a busy machine.
-PATIENCE = 30_000
+PATIENCE = 60_000  # milliseconds: what takes one may take a hundred times as long on a busy machine
+expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def page(browser, address):
     page.on("pageerror", lambda error: broken.append(str(error)))
     page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
     page.goto(address)
-    expect(page.locator("#samples img").first).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#samples img").first).to_be_visible()
     yield page
     context.close()
     assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
@@ -87,7 +88,7 @@ def move(page: Page, slider: str, value: float) -> None:
 
 def score(page: Page) -> float:
     shown = page.locator("#verdict .score").inner_text()
-    assert re.fullmatch(r"0\.\d{4}", shown)
+    assert re.fullmatch(r"[01]\.\d{4}", shown)
     return float(shown)
 
 
@@ -105,7 +106,7 @@ def test_an_upload_gets_a_score_a_verdict_and_an_overlay_that_follow_the_sliders
     page.get_by_label("Class name").fill("brick wall")
     upload(page, photographs["damaged"])
     verdict = page.locator("#verdict .word")
-    expect(verdict).to_have_text(re.compile("Anomalous|Normal"), timeout=PATIENCE)
+    expect(verdict).to_have_text(re.compile("Anomalous|Normal"))
     expect(page.locator("#verdict .facts")).to_contain_text("brick wall · damaged.png")
     before, (url, overlay) = score(page), picture(page, "overlay")
     assert picture(page, "image")[1] != overlay
@@ -115,7 +116,7 @@ def test_an_upload_gets_a_score_a_verdict_and_an_overlay_that_follow_the_sliders
     expect(verdict).to_have_text("Normal")
     move(page, "threshold", 0)
     expect(verdict).to_have_text("Anomalous")
-    move(page, "pixel-threshold", 0.95)
+    move(page, "pixel-threshold", 1)
     expect(page.locator("#overlay img")).not_to_have_attribute("src", url)
     assert picture(page, "overlay")[1] != overlay
     expect(page.locator("#regions")).not_to_be_visible()
@@ -162,12 +163,12 @@ def test_a_file_that_is_too_large_is_a_message(page, tmp_path):
 
 
 def test_a_class_name_is_text_and_never_code(page):
-    page.get_by_label("Class name").fill("<script>alert(1)</script><img src=x onerror=alert(2)>")
+    code = "<script>alert(1)</script><img src=x onerror=alert(2)>${alert(3)}{{value}}"
     page.locator("#samples button").first.click()
     expect(page.locator("#verdict .facts")).to_contain_text("wire mesh")
-    page.get_by_label("Class name").fill("<script>alert(1)</script><img src=x onerror=alert(2)>")
+    page.get_by_label("Class name").fill(code)
     page.get_by_label("Class name").press("Enter")
-    expect(page.locator("#verdict .facts")).to_contain_text("<script>alert(1)</script><img src=x onerror=alert(2)>")
+    expect(page.locator("#verdict .facts")).to_contain_text(code)
     assert page.locator("#verdict script, #verdict img").count() == 0
 
 
@@ -195,8 +196,7 @@ def test_a_batch_gives_a_table_and_the_same_to_download(page, photographs, tmp_p
         expect(page.locator("#scores")).to_contain_text(words)
     assert page.locator("#scores td b").count() == 0
 
-    move(page, "threshold", 0)
-    page.locator("#threshold input[type=range]").dispatch_event("pointerup")
+    page.locator("#threshold input[type=range]").press("Home")
     expect(page.locator("#summary")).to_contain_text("2 anomalous, 0 normal, 1 unreadable")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download as CSV").click()
@@ -204,28 +204,30 @@ def test_a_batch_gives_a_table_and_the_same_to_download(page, photographs, tmp_p
         rows = list(csv.DictReader(file))
     assert download.value.suggested_filename == "moeclip.csv"
     assert [row["verdict"] for row in rows] == ["anomalous", "anomalous", "unreadable"]
-    assert all(0 < float(row["score"]) < 1 for row in rows[:2])
+    assert all(0 < float(row["score"]) <= 1 for row in rows[:2])
     assert {row["class_name"] for row in rows} == {"brick wall"}
 
 
 def test_a_batch_that_is_stopped_keeps_what_it_has(page, photographs, tmp_path, monkeypatch):
-    detect = inspector.detect
+    detect, left, stopped = inspector.detect, iter(range(3)), threading.Event()
 
-    def detect_slowly(*given):
-        time.sleep(0.5)
+    def detect_until_stopped(*given):
+        if next(left, None) is None:
+            stopped.wait(PATIENCE / 1000)
         return detect(*given)
 
-    monkeypatch.setattr(inspector, "detect", detect_slowly)
-    copies = [shutil.copy(photographs["good"], tmp_path / f"{index}.jpg") for index in range(20)]
+    monkeypatch.setattr(inspector, "detect", detect_until_stopped)
+    copies = [shutil.copy(photographs["good"], tmp_path / f"{index}.jpg") for index in range(6)]
     page.get_by_role("tab", name="Batch").click()
     upload(page, *copies, into="files")
-    expect(page.locator("#files")).to_contain_text("19")
+    expect(page.locator("#files")).to_contain_text("5")
     page.get_by_role("button", name="Score").click()
-    expect(page.locator("#summary")).to_contain_text("3 of 20 scored")
+    expect(page.locator("#summary")).to_contain_text("3 of 6 scored")
     page.get_by_role("button", name="Stop").click()
     expect(page.locator("#summary")).to_contain_text("normal")
+    stopped.set()
     expect(page.get_by_role("button", name="Download as CSV")).to_be_visible()
-    assert 3 <= sum(map(int, re.findall(r"\d+", page.locator("#summary").inner_text()))) < 20
+    assert sum(map(int, re.findall(r"\d+", page.locator("#summary").inner_text()))) == 3
 
 
 def test_a_model_that_cannot_be_loaded_is_a_message(page):
@@ -236,13 +238,38 @@ def test_a_model_that_cannot_be_loaded_is_a_message(page):
     expect(page.locator("#model")).to_contain_text("Model: embedded demonstration")
 
 
+def test_two_visitors_see_their_own_image_model_and_thresholds(page, browser, address, tmp_path):
+    (tmp_path / "a copy").symlink_to(EMBEDDED_CHECKPOINT)
+    context = browser.new_context()
+    other = context.new_page()
+    other.goto(address)
+    page.locator("#samples button").first.click()
+    other.locator("#samples button").nth(3).click()
+    for visitor, facts in (page, "wire_mesh_hole.png"), (other, "knitted_fabric_hole.png"):
+        expect(visitor.locator("#verdict .facts")).to_contain_text(facts)
+    other.get_by_role("button", name="Another model").click()
+    other.get_by_label("Folder or Hub id").fill(str(tmp_path / "a copy"))
+    other.get_by_role("button", name="Load", exact=True).click()
+    expect(other.locator("#verdict .facts")).to_have_text("knitted fabric · knitted_fabric_hole.png · a copy")
+    move(other, "threshold", 1)
+    expect(other.locator("#verdict .word")).to_have_text("Normal")
+    move(page, "threshold", 0)
+    expect(page.locator("#verdict .word")).to_have_text("Anomalous")
+    page.get_by_role("button", name="Inspect").click()
+    page.get_by_role("tab", name="Experts").click()
+    expect(page.locator("#explained")).to_have_text("wire mesh · wire_mesh_hole.png")
+    expect(page.locator("#verdict .facts")).to_have_text("wire mesh · wire_mesh_hole.png · embedded demonstration")
+    expect(other.locator("#verdict .word")).to_have_text("Normal")
+    context.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_telephone_and_follows_the_readers_colours(browser, address, scheme):
     context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme=scheme)
     page = context.new_page()
     page.goto(address)
-    page.locator("#samples button").first.click(timeout=PATIENCE)
-    expect(page.locator("#verdict .word")).to_be_visible(timeout=PATIENCE)
+    page.locator("#samples button").first.click()
+    expect(page.locator("#verdict .word")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     brightness = sum(int(channel) for channel in re.findall(r"\d+", background)[:3]) / 3

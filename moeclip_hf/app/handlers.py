@@ -102,7 +102,7 @@ class Handlers:
     def score(
         self, files: list[str] | None, class_name: str, model: ModelChoice, threshold: float
     ) -> Iterator[tuple[Any, ...]]:
-        """Score files, the table growing with each; a table to download comes with the last."""
+        """Score files, the table growing with each."""
         paths = [Path(file) for file in files or ()]
         if not paths or len(paths) > LARGEST_BATCH:
             text = (
@@ -119,8 +119,6 @@ class Handlers:
                 yield rows, markup.progress(len(rows), len(paths)), table, gr.skip()
         except MoECLIPError as error:
             yield [], markup.notice(str(error), is_error=True), _table([]), gr.skip()
-            return
-        yield rows, *self.conclude(rows, model, threshold)
 
     def conclude(self, rows: list[BatchRow], model: ModelChoice, threshold: float) -> tuple[Any, ...]:
         """Show a batch at a threshold, with a table to download."""
@@ -141,7 +139,7 @@ class Handlers:
 def _batch_table(rows: list[BatchRow], threshold: float) -> Any:
     return _table(
         [
-            [row.file, "" if row.score is None else f"{row.score:.4f}", row.verdict(threshold), row.error or ""]
+            [row.verdict(threshold), "" if row.score is None else f"{row.score:.4f}", row.file, row.error or ""]
             for row in rows
         ]
     )

@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -109,6 +110,9 @@ class Inspector:
     def __init__(self, model: str | None = None, device: str | None = None, max_megapixels: float = 64):
         self.device = device
         self.max_megapixels = max_megapixels
+        # A batch that is stopped leaves its last step running while the next event begins, and to explain is to
+        # listen in on the model.
+        self._model_in_use = Lock()
         self._own = self._load(model or EMBEDDED)
         self._last = self._own
         self.model = _describe(*self._own)
@@ -137,7 +141,8 @@ class Inspector:
         pretrained = self._pretrained(model.name)
         anchors = _anchors(pretrained, class_name)
         image = read_upload(path, self.max_megapixels)
-        detection = detect(pretrained, image, anchors)
+        with self._model_in_use:
+            detection = detect(pretrained, image, anchors)
         return Inspection(path, shrink(image, SHOWN_EDGE), class_name, model, detection)
 
     def explain(self, inspection: Inspection) -> tuple[Image.Image, Image.Image]:
@@ -150,7 +155,8 @@ class Inspector:
         """
         pretrained = self._pretrained(inspection.model.name)
         image = read_upload(inspection.path, self.max_megapixels)
-        explanation = explain(pretrained, image, inspection.class_name)
+        with self._model_in_use:
+            explanation = explain(pretrained, image, inspection.class_name)
         return draw_routing(explanation, pretrained.processor.pixel_threshold), draw_attributions(explanation)
 
     def score(self, paths: Iterable[Path], class_name: str, model: ModelChoice) -> Iterator[BatchRow]:
@@ -175,7 +181,9 @@ class Inspector:
             if isinstance(image, UnreadableImageError):
                 yield BatchRow(path.name, class_name, error=str(image))
             else:
-                yield BatchRow(path.name, class_name, detect(pretrained, image, anchors).score)
+                with self._model_in_use:
+                    score = detect(pretrained, image, anchors).score
+                yield BatchRow(path.name, class_name, score)
 
     def _pretrained(self, name: str) -> Pretrained:
         if name == self._own[0]:
@@ -211,9 +219,7 @@ def read_upload(path: Path, max_megapixels: float) -> Image.Image:
     except FileNotFoundError:
         raise UnreadableImageError(f"{path.name}: is no longer here: upload it again") from None
     except Image.DecompressionBombError:
-        raise UnreadableImageError(
-            f"{path.name}: is larger than the {max_megapixels:g} megapixels taken here"
-        ) from None
+        raise UnreadableImageError(f"{path.name}: has more pixels than are taken here") from None
     except Exception as error:  # decoders raise whatever a damaged file leads them to
         kinds = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
         raise UnreadableImageError(f"{path.name}: cannot be read as an image ({kinds})") from error

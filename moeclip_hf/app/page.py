@@ -87,8 +87,10 @@ def _add_settings(handlers: Handlers, choose_model: bool) -> _Settings:
     class_name = gr.Textbox(
         "object", label="Class name", info="What the images show.", max_length=LONGEST_CLASS_NAME, max_lines=1
     )
+    # Gradio resets a slider to what it was made with, which is not another model's own.
+    buttons: Any = [] if choose_model else ["reset"]
     threshold, pixel_threshold = (
-        gr.Slider(0, 1, shown_threshold(value), step=0.001, label=label, info=info, elem_id=name)
+        gr.Slider(0, 1, shown_threshold(value), step=0.001, label=label, info=info, elem_id=name, buttons=buttons)
         for name, value, label, info in (
             ("threshold", own.image_threshold, "Image threshold", "Score from which on an image is anomalous."),
             ("pixel-threshold", own.pixel_threshold, "Pixel threshold", "Map value that regions begin at."),
@@ -115,7 +117,7 @@ def _add_settings(handlers: Handlers, choose_model: bool) -> _Settings:
 
 def _add_inspection(handlers: Handlers, settings: _Settings) -> gr.State:
     source, inspection = gr.State(None), gr.State(None, time_to_live=_SECONDS_KEPT)
-    upload = gr.File(label="An image of yours, or a sample below", height=130, elem_id="upload")
+    upload = gr.File(label="An image of yours, or a sample below", height=150, elem_id="upload")
     samples = gr.Gallery(
         [(sample.thumbnail, sample.class_name) for sample in handlers.samples],
         label="Samples",
@@ -170,7 +172,7 @@ def _add_inspection(handlers: Handlers, settings: _Settings) -> gr.State:
         settings.loaded.success(**again)
     moved = [inspection, settings.threshold, settings.pixel_threshold]
     for slider in (settings.threshold, settings.pixel_threshold):
-        slider.input(handlers.redraw, moved, [verdict, overlay, regions], **_REDRAW)
+        slider.change(handlers.redraw, moved, [verdict, overlay, regions], **_REDRAW)
     return inspection
 
 
@@ -201,10 +203,11 @@ def _add_batch(handlers: Handlers, settings: _Settings) -> None:
     with gr.Row():
         run = gr.Button("Score", variant="primary")
         stop = gr.Button("Stop")
-    summary = gr.HTML(elem_id="summary")
+    summary = gr.HTML(markup.notice("Add images, then score them."), elem_id="summary")
     table = gr.Dataframe(
         label="Scores",
-        headers=["file", "score", "verdict", "reason"],
+        headers=["verdict", "score", "file", "reason"],
+        column_widths=["110px", "80px", "300px", "400px"],
         datatype="str",
         interactive=False,
         visible=False,
@@ -215,21 +218,23 @@ def _add_batch(handlers: Handlers, settings: _Settings) -> None:
     )
     download = gr.DownloadButton("Download as CSV", visible=False, elem_id="csv")
 
-    shown = [summary, table, download]
     concluded: dict[str, Any] = {
         "fn": handlers.conclude,
         "inputs": [rows, settings.model, settings.threshold],
-        "outputs": shown,
+        "outputs": [summary, table, download],
+        **_REDRAW,
     }
     scoring = run.click(
         handlers.score,
         [files, settings.class_name, settings.model, settings.threshold],
-        [rows, *shown],
-        show_progress="hidden",
+        [rows, summary, table, download],
+        show_progress="minimal",
+        show_progress_on=files,
         **_MODEL,
     )
-    stop.click(cancels=scoring, **(concluded | _REDRAW))
-    settings.threshold.release(**(concluded | _REDRAW))
+    for event in (scoring.success, settings.threshold.change):
+        event(**concluded)
+    stop.click(cancels=scoring, **concluded)
 
 
 __all__ = ["build_app"]

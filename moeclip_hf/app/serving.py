@@ -120,10 +120,8 @@ def launch_app(
             enable_monitoring=False,
             run_history=False,
             ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
             footer_links=[],
-            app_kwargs={"middleware": [Middleware(OnlyThePage)], "docs_url": None, "redoc_url": None},
+            app_kwargs={"middleware": [Middleware(OnlyThePage)]},
             theme=theme(),
             css=CSS,
         )

@@ -40,8 +40,11 @@ CSS = """
 .moeclip-notice.hint { color: var(--body-text-color-subdued); }
 .moeclip-notice.error { --tone: #b45309; border: 1px solid var(--tone); border-left: 6px solid var(--tone);
   color: var(--body-text-color); }
-.moeclip-notice progress { width: 12rem; max-width: 50%; vertical-align: middle; margin-right: .6rem;
+.moeclip-notice progress { width: 12rem; max-width: 50%; height: 8px; vertical-align: middle; margin-right: .6rem;
   accent-color: var(--primary-600); }
+.moeclip-notice progress::-webkit-progress-bar { border-radius: 4px;
+  background: color-mix(in srgb, var(--body-text-color) 14%, transparent); }
+.moeclip-notice progress::-webkit-progress-value { border-radius: 4px; background: var(--primary-600); }
 .moeclip-verdict { --tone: #15803d; padding: .8rem 1rem; border-radius: 8px; border: 1px solid var(--tone);
   border-left: 8px solid var(--tone); background: color-mix(in srgb, var(--tone) 9%, var(--block-background-fill)); }
 .moeclip-verdict.anomalous { --tone: #c2261d; }
