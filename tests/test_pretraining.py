@@ -1,0 +1,131 @@
+"""The recipe of the embedded checkpoint: captions, samples and the pretraining of its CLIP."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, CLIPModel
+
+from examples import pretrain_tiny_clip as pretraining
+from examples.pretrain_tiny_clip import Caption, CaptionedTextures, Collator, is_true, patch_shares, train_tokenizer
+from moeclip_hf.data.textures import DEFECTS, FAMILIES
+from moeclip_hf.data.textures.splits import (
+    AUXILIARY_FAMILIES,
+    SEEN_DEFECTS,
+    TEST_FAMILIES,
+    UNSEEN_DEFECTS,
+    VALIDATION_FAMILIES,
+)
+from moeclip_hf.modeling.processing_moeclip import compose_prompts
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def samples():
+    textures = CaptionedTextures(1000, seed=3)
+    return [textures[index] for index in range(60)]
+
+
+def test_splits_share_nothing_and_leave_nothing_out():
+    parts = (AUXILIARY_FAMILIES, VALIDATION_FAMILIES, TEST_FAMILIES)
+    assert sorted(sum(parts, ())) == sorted(FAMILIES)
+    assert sorted(SEEN_DEFECTS + UNSEEN_DEFECTS) == sorted(DEFECTS)
+
+
+def test_families_out_of_the_auxiliary_ones_are_never_shown_damaged(samples):
+    families = list(FAMILIES)
+    shown = {families[sample["shows"][0]] for sample in samples}
+    assert shown - set(AUXILIARY_FAMILIES) and shown & set(AUXILIARY_FAMILIES)
+    for sample in samples:
+        if families[sample["shows"][0]] not in AUXILIARY_FAMILIES:
+            assert sample["damage"].max() == 0
+            assert not sample["has_mask"]
+            assert sample["opposite"] is None
+            assert sample["caption"].state == pretraining.NORMAL
+
+
+def test_captions_are_true_of_their_own_images_and_opposites_false(samples):
+    damaged = [sample for sample in samples if sample["damage"].max() > 0]
+    assert 15 < len(damaged) < 45
+    for sample in samples:
+        assert is_true(sample["caption"], *sample["shows"])
+        assert sample["opposite"] is None or not is_true(sample["opposite"], *sample["shows"])
+
+
+def test_a_caption_is_true_of_family_state_and_colour():
+    crack, hole = 2 + SEEN_DEFECTS.index("crack"), 2 + SEEN_DEFECTS.index("hole")
+    assert is_true(Caption(1, pretraining.DAMAGED, None, ""), 1, crack, 0)
+    assert not is_true(Caption(1, hole, None, ""), 1, crack, 0)
+    assert not is_true(Caption(2, crack, None, ""), 1, crack, 0)
+    assert not is_true(Caption(1, pretraining.NORMAL, None, ""), 1, crack, 0)
+    assert not is_true(Caption(1, crack, 4, ""), 1, crack, 5)
+
+
+def test_a_sample_depends_on_seed_and_index_alone(samples):
+    again = CaptionedTextures(1000, seed=3)[17]
+    assert np.array_equal(again["image"], samples[17]["image"])
+    assert again["caption"] == samples[17]["caption"]
+    assert not np.array_equal(CaptionedTextures(1000, seed=4)[17]["image"], samples[17]["image"])
+
+
+def test_patch_shares_are_means_over_patches():
+    mask = np.zeros((112, 112), dtype=bool)
+    mask[8:16, 20:24] = True
+    shares = patch_shares(mask).reshape(14, 14)
+    assert shares[1, 2] == 0.5
+    assert shares.sum() == 0.5
+
+
+def test_tokenizer_holds_prompts_whole_and_ends_no_text_early(tokenizer):
+    longest = max(FAMILIES, key=len).replace("_", " ")
+    for sentence in sum(compose_prompts(longest), []):
+        tokens = tokenizer.tokenize(sentence)
+        assert len(tokens) == len(sentence.replace(".", " .").split()), tokens
+    for text in ("transistor", "ähnlich Größe", "металл", "金属螺母", "🔩", "x_9 (ok)/%"):
+        ids = tokenizer(text).input_ids
+        assert ids.count(tokenizer.eos_token_id) == 1, text
+        assert len(ids) <= pretraining.TEXT_LENGTH
+
+
+def test_batch_holds_images_as_the_processor_prepares_them(samples, tokenizer):
+    batch = Collator(tokenizer)(samples[:4])
+    opposites = sum(sample["opposite"] is not None for sample in samples[:4])
+    assert batch["input_ids"].shape[0] == batch["matches"].shape[1] == 4 + opposites
+    assert batch["matches"].diagonal().all()
+    mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
+    expected = (samples[2]["image"][5, 7] / 255 - mean) / std
+    np.testing.assert_allclose(batch["pixel_values"][2, :, 5, 7], expected, rtol=1e-5)
+
+
+def test_match_loss_is_cross_entropy_to_an_even_spread_over_what_matches():
+    logits = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, 3.0], [1.0, 1.0, 1.0]])
+    matches = torch.tensor([[True, False, False], [False, True, True], [False, False, False]])
+    first = -torch.log(torch.exp(torch.tensor(2.0)) / torch.exp(logits[0]).sum())
+    second = -(torch.log(torch.exp(logits[1, 1:]) / torch.exp(logits[1]).sum())).mean()
+    loss = pretraining.PretrainingModel.match_loss(logits, matches)
+    torch.testing.assert_close(loss, (first + second) / 2)
+
+
+def test_command_pretrains_goes_on_after_a_cut_and_writes_a_clip(tmp_path, monkeypatch):
+    def pretrain(output, *options):
+        arguments = ["pretrain_tiny_clip", "--output-dir", str(output), "--batch-size", "4", "--save-steps", "2"]
+        monkeypatch.setattr("sys.argv", [*arguments, *options])
+        pretraining.main()
+
+    pretrain(tmp_path / "unbroken", "--max-steps", "4")
+    cut = tmp_path / "cut" / "run"
+    cut.mkdir(parents=True)
+    (tmp_path / "unbroken" / "run" / "checkpoint-2").rename(cut / "checkpoint-2")
+    pretrain(tmp_path / "cut", "--max-steps", "4")
+    weights, again = (load_file(tmp_path / run / "model.safetensors") for run in ("unbroken", "cut"))
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    steps = json.loads((cut / "checkpoint-4" / "trainer_state.json").read_text())["global_step"]
+    assert steps == 4
+    clip, tokenizer = CLIPModel.from_pretrained(tmp_path / "cut"), AutoTokenizer.from_pretrained(tmp_path / "cut")
+    assert clip.config.text_config.eos_token_id == tokenizer.eos_token_id
