@@ -99,7 +99,7 @@ def launch_app(
         page (`gr.Blocks`): from [`build_app`].
         host (`str`): address to listen at; `"0.0.0.0"` for all of this machine's.
         port (`int`, *optional*): the first free one from 7860 on by default.
-        max_upload_mb (`float`): of a file, in megabytes.
+        max_upload_mb (`float`): of a file, in MiB.
         block (`bool`): whether to serve until interrupted, or to come back at once.
 
     Returns:
