@@ -195,21 +195,21 @@ def _write_graph(graph: ExportedGraph, description: dict[str, Any], path: Path) 
         node.metadata_props.clear()  # where in whose files it was traced
     model.metadata_props[METADATA_KEY] = json.dumps(description)
     weights = [value.const_value for value in model.graph.initializers.values()]
-    exported.save(path, external_data=sum(weight.nbytes for weight in weights if weight) > _LARGEST_FILE)
+    exported.save(path, external_data=sum(weight.nbytes for weight in weights if weight is not None) > _LARGEST_FILE)
 
 
 def _name_dimensions(graph: "onnx_ir.Graph") -> None:
     """Call the free dimensions by names, where the exporter has numbers."""
     shape = graph.inputs[0].shape
     assert shape is not None
-    symbols = [re.findall(r"s\d+", str(shape[axis]))[0] for axis in (0, 2, 3)]
+    symbols = [re.findall(r"\bs\d+", str(shape[axis]))[0] for axis in (0, 2, 3)]
     names = dict(zip(symbols, ("batch", "grid_height", "grid_width"), strict=True))
     values = [*graph.inputs, *(value for node in graph.all_nodes() for value in node.outputs)]
     for value in values:
         if value.shape is not None:
             for axis, dimension in enumerate(value.shape):
                 if not isinstance(dimension, int):
-                    named = re.sub(r"s\d+", lambda match: names.get(match[0], match[0]), str(dimension))
+                    named = re.sub(r"\bs\d+", lambda match: names.get(match[0], match[0]), str(dimension))
                     value.shape[axis] = named
 
 

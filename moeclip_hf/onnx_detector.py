@@ -101,7 +101,7 @@ def _providers(device: str | None, available: list[str]) -> list[str | tuple[str
     has_cuda = "CUDAExecutionProvider" in available
     if kind == "cpu" or (not kind and not has_cuda):
         return ["CPUExecutionProvider"]
-    if kind not in ("", "cuda") or not has_cuda:
+    if kind not in ("", "cuda") or not (index or "0").isdecimal() or not has_cuda:
         raise MoECLIPError(f"device {device!r} cannot be used here: this onnxruntime has {', '.join(available)}.")
     return [("CUDAExecutionProvider", {"device_id": int(index or 0)}), "CPUExecutionProvider"]
 

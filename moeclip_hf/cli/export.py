@@ -10,8 +10,9 @@ import typer
 def export(
     output: Annotated[Path, typer.Option(help="New folder for the graph and the processor.", show_default=False)],
     class_name: Annotated[
-        list[str], typer.Option(help='What images will show, such as "metal nut"; once for each class.')
-    ] = ["object"],  # noqa: B006
+        list[str] | None,
+        typer.Option(help='What images will show, such as "metal nut"; once for each class.', show_default="object"),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Checkpoint folder or Hub id.", show_default="the embedded demonstration")
     ] = None,
@@ -35,7 +36,7 @@ def export(
     logging.disable_progress_bar()
     pretrained = load_pretrained(model, "cpu", "float32")
     with Console(stderr=True).status("exporting, which takes a minute or more"):
-        exported = export_onnx(pretrained, class_name, output, int8)
+        exported = export_onnx(pretrained, class_name or ["object"], output, int8)
     if as_json:
         facts = {
             "folder": str(exported.folder),
