@@ -100,11 +100,13 @@ class MoECLIPImageProcessor(BaseImageProcessor):
         return image.resize((size["width"], size["height"]), Image.Resampling.BICUBIC)
 
     def _normalise(self, image: Image.Image) -> torch.Tensor:
-        pixels = (
-            torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
-        )
-        mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (self.image_mean, self.image_std))
-        return pixels.sub_(mean).div_(std)
+        values = np.asarray(image)
+        pixels = np.empty((3, *values.shape[:2]), dtype=np.float32)
+        # One channel at a time stays in the processor's cache.
+        for channel, (mean, std) in enumerate(zip(self.image_mean, self.image_std, strict=True)):
+            np.multiply(values[..., channel], np.float32(1 / (255 * std)), out=pixels[channel])
+            pixels[channel] -= np.float32(mean / std)
+        return torch.from_numpy(pixels)
 
 
 def open_image(file: str | Path | IO[bytes], name: str | None = None) -> Image.Image:
