@@ -27,7 +27,15 @@ from moeclip_hf.errors import CheckpointError, PublishingError
 from moeclip_hf.hub_errors import describe_hub_error
 from moeclip_hf.model_card import CardFacts, compose_card, read_evaluation, read_json
 from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
-from moeclip_hf.pretrained import ADAPTER_CONFIG, CONFIG, Pretrained, fetch_checkpoint, is_adapter, load_pretrained
+from moeclip_hf.pretrained import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    Pretrained,
+    fetch_checkpoint,
+    is_adapter,
+    is_hub_id,
+    load_pretrained,
+)
 from moeclip_hf.registration import PIPELINE_TASK
 
 if TYPE_CHECKING:
@@ -295,11 +303,6 @@ def _adapter_config(folder: Path, base_model: str | None) -> dict[str, Any]:
     return config | {"base_model_name_or_path": base}
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether this is a Hub id (USER/NAME) rather than a folder."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
-
-
 def _check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
@@ -351,4 +354,4 @@ def _as_folder(source: str | PathLike[str] | Pretrained) -> Iterator[Path]:
         yield fetch_checkpoint(folder)
 
 
-__all__ = ["handler_requirements", "is_hub_id", "push_to_hub", "repository_files", "write_repository"]
+__all__ = ["handler_requirements", "push_to_hub", "repository_files", "write_repository"]

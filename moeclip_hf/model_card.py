@@ -18,6 +18,7 @@ from moeclip_hf.data import find_benchmark
 from moeclip_hf.errors import CheckpointError
 from moeclip_hf.evaluation.results import METRICS, UNDEFINED, markdown_table
 from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
+from moeclip_hf.pretrained import is_hub_id
 from moeclip_hf.registration import PIPELINE_TASK
 
 BEGIN = "<!-- moeclip: written by `moeclip push`, anew each time; what stands outside is kept -->"
@@ -127,6 +128,8 @@ def compose_card(
     Raises:
         CheckpointError: if the metadata of the present card cannot be read.
     """
+    path = folder / "recipe.json"
+    recipe = read_json(path) if path.exists() else {}
     try:
         card = ModelCard(present) if present else None
         if card is None or _is_unfilled_template(card.text):
@@ -135,14 +138,14 @@ def compose_card(
             own, text = card.data.to_dict(), card.text.lstrip("\n")
         if BEGIN in text or not keep_results:
             own.pop("model-index", None)
-        metadata = _metadata(own, config, is_adapter, repo_id, facts)
+        metadata = _metadata(own, config, is_adapter, repo_id, facts, recipe)
     except Exception as error:  # of YAML, or of what it says
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{repo_id}: the metadata of its README.md cannot be read: {reason}") from error
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if begin and end:
-        body = _body(folder, config, is_adapter, repo_id, facts, metadata)
+        body = _body(folder, config, is_adapter, repo_id, facts, metadata, recipe)
         text = f"{before}{BEGIN}\n\n{body}\n\n{END}{after}"
     return f"---\n{metadata.to_yaml()}\n---\n\n{text}"
 
@@ -154,10 +157,16 @@ def _is_unfilled_template(text: str) -> bool:
 
 
 def _metadata(
-    own: dict[str, Any], config: dict[str, Any], is_adapter: bool, repo_id: str, facts: CardFacts
+    own: dict[str, Any],
+    config: dict[str, Any],
+    is_adapter: bool,
+    repo_id: str,
+    facts: CardFacts,
+    recipe: dict[str, Any],
 ) -> ModelCardData:
     """The user's own metadata, completed; what the code decides goes before it, and an evaluation replaces another."""
-    base_model = facts.base_model or (config["base_model_name_or_path"] if is_adapter else own.get("base_model"))
+    recorded = config["base_model_name_or_path"] if is_adapter else recipe.get("base_model")
+    base_model = facts.base_model or (recorded if recorded and is_hub_id(recorded) else own.get("base_model"))
     tags = own.get("tags", [])
     written: dict[str, Any] = {
         "library_name": "peft" if is_adapter else "transformers",
@@ -169,7 +178,7 @@ def _metadata(
         ),
         "base_model": base_model,
         "base_model_relation": ("adapter" if is_adapter else "finetune") if base_model else None,
-        "datasets": list(facts.datasets) or own.get("datasets"),
+        "datasets": list(facts.datasets) or recipe.get("datasets") or own.get("datasets"),
         "license": facts.license or own.get("license"),
     }
     metadata = own | {name: value for name, value in written.items() if value is not None}
@@ -198,7 +207,13 @@ def _eval_results(document: dict[str, Any]) -> list[EvalResult]:
 
 
 def _body(
-    folder: Path, config: dict[str, Any], is_adapter: bool, repo_id: str, facts: CardFacts, metadata: ModelCardData
+    folder: Path,
+    config: dict[str, Any],
+    is_adapter: bool,
+    repo_id: str,
+    facts: CardFacts,
+    metadata: ModelCardData,
+    recipe: dict[str, Any],
 ) -> str:
     kind = (
         f"a PEFT adapter (`{config['peft_type']}`) over {_links(metadata.base_model or [])}, with heads and processor"
@@ -216,7 +231,7 @@ def _body(
         "## Model",
         _architecture(config, is_adapter, processor),
         "## Training",
-        _training(folder, metadata),
+        _training(recipe, metadata),
         "## Results",
         _results(facts.evaluation),
         "## Limits",
@@ -289,27 +304,26 @@ def _architecture(config: dict[str, Any], is_adapter: bool, processor: dict[str,
     return markdown_table(rows)
 
 
-def _training(folder: Path, metadata: ModelCardData) -> str:
+def _training(recipe: dict[str, Any], metadata: ModelCardData) -> str:
+    base, selection = recipe.get("base_model"), recipe.get("selection")
+    if metadata.base_model:
+        base = _links(metadata.base_model)
+    elif base:
+        base = f"`{base}`, which is not on the Hub"
     parts = [
-        f"Its CLIP is {_links(metadata.base_model)}."
-        if metadata.base_model
-        else "Which CLIP it was made from is not recorded.",
+        f"Its CLIP is that of {base}." if base else "Which CLIP it was made from is not recorded.",
         f"It was trained on {_listed(metadata.datasets)}."
         if metadata.datasets
         else "What it was trained on is not recorded.",
-    ]
-    path = folder / "recipe.json"
-    recipe = read_json(path) if path.exists() else {}
-    selection = recipe.pop("selection", None)
-    parts.append(
         f"This checkpoint was chosen by: {selection}."
         if selection
-        else "By what rule this checkpoint was chosen among others is not recorded."
-    )
-    if not recipe:
+        else "By what rule this checkpoint was chosen among others is not recorded.",
+    ]
+    told = ("base_model", "datasets", "selection")
+    rows = [[name.replace("_", " "), _listed(value)] for name, value in recipe.items() if name not in told]
+    if not rows:
         return " ".join([*parts, "Nor is the recipe."])
-    rows = [["setting", "value"], *([name.replace("_", " "), _listed(value)] for name, value in recipe.items())]
-    return f"{' '.join(parts)}\n\n{markdown_table(rows)}"
+    return f"{' '.join(parts)}\n\n{markdown_table([['setting', 'value'], *rows])}"
 
 
 def _results(document: dict[str, Any] | None) -> str:

@@ -1,5 +1,6 @@
 """Loading a checkpoint or an adapter for use: the embedded one, a folder or a Hub repository."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,6 +152,11 @@ def fetch_checkpoint(source: "str | PathLike[str]", revision: str | None = None)
     # Where a repository has none of the files, there is not even a folder.
     _refuse_incomplete(str(source), {file.name for file in folder.iterdir()} if folder.is_dir() else set())
     return folder
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this is a Hub id (USER/NAME) rather than a folder."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def is_adapter(folder: Path) -> bool:

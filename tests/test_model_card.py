@@ -102,6 +102,23 @@ def test_recipe_base_and_data_are_told_where_they_are_known(checkpoint, tmp_path
     assert (tmp_path / "repository" / "recipe.json").exists()
 
 
+def test_what_a_run_recorded_is_told_without_options_and_a_folder_is_no_hub_id(checkpoint, tmp_path):
+    recorded = {"base_model": "openai/clip", "datasets": ["visa"], "selection": "the last step", "seed": 3}
+    (checkpoint / "recipe.json").write_text(json.dumps(recorded))
+    metadata, text = written(checkpoint, tmp_path)
+    assert (metadata["base_model"], metadata["base_model_relation"]) == ("openai/clip", "finetune")
+    assert metadata["datasets"] == ["visa"]
+    assert "Its CLIP is that of [openai/clip](https://huggingface.co/openai/clip). It was trained on visa." in text
+    assert [line for line in text.splitlines() if "seed" in line or "datasets" in line] == ["| seed | 3 |"]
+    metadata, _ = written(checkpoint, tmp_path, base_model="laion/clip", datasets=["ann/visa"])
+    assert (metadata["base_model"], metadata["datasets"]) == ("laion/clip", ["ann/visa"])
+
+    (checkpoint / "recipe.json").write_text(json.dumps(recorded | {"base_model": "my-clip"}))
+    metadata, text = written(checkpoint, tmp_path)
+    assert not {"base_model", "base_model_relation"} & set(metadata)
+    assert "Its CLIP is that of `my-clip`, which is not on the Hub." in text
+
+
 def test_figures_are_those_of_the_evaluation_and_undefined_ones_are_left_out(checkpoint, results, tmp_path):
     document = json.loads(results.read_text())
     metadata, text = written(checkpoint, tmp_path, evaluation=results)

@@ -17,6 +17,7 @@ from training_runs import write_folder, write_plain_clip
 from typer.testing import CliRunner
 
 from moeclip_hf.cli import app
+from moeclip_hf.data import load_folder
 from moeclip_hf.errors import MoECLIPError
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
 from moeclip_hf.training import get_recipe, start_model
@@ -43,6 +44,16 @@ def test_command_trains_from_a_plain_clip_to_a_usable_checkpoint(tmp_path, token
     assert (recipe["halve_at"], recipe["augment"], recipe["batch_size"]) == ([2, 3], False, 6)
     assert list(output.rglob("events.out.tfevents*"))
     assert "'images_per_second'" in result.output and "'expert_cosine'" in result.output  # a line a log
+
+
+def test_a_hub_data_set_is_recorded_with_its_owner(tmp_path, tokenizer, monkeypatch):
+    clip, rows = write_plain_clip(tmp_path / "clip", tokenizer), load_folder(write_folder(tmp_path / "data"))
+    monkeypatch.setattr("moeclip_hf.data.load_data", lambda *source: rows)
+    options = ["--dataset", "ann/parts", "--clip", clip, "--output-dir", tmp_path / "out", "--max-steps", "1",
+               "--num-workers", "0", "--tracker", "none", "--cpu"]  # fmt: skip
+    result = CliRunner().invoke(app, ["train", *map(str, options)])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "recipe.json").read_text())["datasets"] == ["ann/parts"]
 
 
 def test_a_terminal_sees_a_progress_bar_with_loss_and_speed(tmp_path, tokenizer):
@@ -90,6 +101,7 @@ def test_errors_are_one_line_and_status_1_and_wrong_usage_is_status_2(tmp_path):
 def test_fresh_start_keeps_the_clip_of_a_moeclip_and_nothing_else():
     stored = load_file(EMBEDDED_CHECKPOINT / "model.safetensors")
     model, _ = start_model("embedded", get_recipe("paper"), fresh=True, num_experts=3)
+    assert model.name_or_path == str(EMBEDDED_CHECKPOINT)
     own = ("moe_layers.", "text_adapter.", "patch_projection.", "depthwise_adapter.")
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == torch.float32, name

@@ -120,11 +120,29 @@ def test_run_ends_in_a_complete_checkpoint_with_recipe_and_curves(clip, rows, tm
     folder = train(model, processor, rows, recipe, args)
     loaded = load_pretrained(folder, device="cpu")
     assert all(torch.equal(loaded.model.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
-    assert json.loads((folder / "recipe.json").read_text())["learning_rate"] == 5e-4
+    recipe_file = json.loads((folder / "recipe.json").read_text())
+    assert recipe_file["learning_rate"] == 5e-4
+    # Of folders the names alone: where they lie is nobody's affair.
+    assert (recipe_file["base_model"], recipe_file["datasets"]) == (clip.name, [rows[0]["dataset"]])
+    assert str(tmp_path.parent) not in (folder / "recipe.json").read_text()
+    assert recipe_file["selection"] == "the last step"
     assert (folder / "training_curves.png").stat().st_size > 10_000
     assert not (folder / ".staging").exists()
     with pytest.raises(MoECLIPError, match="holds checkpoints of another run"):
         train(model, processor, rows, recipe, args)
+
+
+def test_where_clip_and_data_lie_is_recorded_and_may_change_when_a_run_is_resumed(clip, rows, tmp_path):
+    recipe = get_recipe("paper", batch_size=4)
+    recorded = []
+    for max_steps, base, dataset in ((1, str(clip), None), (2, "openai/clip", "ann/parts")):
+        model, processor = start_model(clip, recipe)
+        model.name_or_path = base
+        args = training_arguments(tmp_path, recipe, max_steps=max_steps, save_steps=1, dataloader_num_workers=0)
+        train(model, processor, rows, recipe, args, resume=True, dataset=dataset)
+        recorded.append(json.loads((tmp_path / "recipe.json").read_text()))
+    assert [one["base_model"] for one in recorded] == [clip.name, "openai/clip"]
+    assert [one["datasets"] for one in recorded] == [[rows[0]["dataset"]], ["ann/parts"]]
 
 
 def test_logs_tell_terms_speed_and_what_the_experts_do(clip, rows, tmp_path):

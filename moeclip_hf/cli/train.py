@@ -120,6 +120,7 @@ def train(
     from transformers.utils import logging
 
     from moeclip_hf.data import load_data
+    from moeclip_hf.pretrained import is_hub_id
     from moeclip_hf.training import RECIPES, get_recipe, start_model, training_arguments
     from moeclip_hf.training import train as run_training
 
@@ -150,7 +151,7 @@ def train(
     model, processor = start_model(
         clip, chosen, seed, image_size, fresh, **{name: given[name] for name in _MODEL_SETTINGS & given.keys()}
     )
-    run_training(model, processor, rows, chosen, args, resume)
+    run_training(model, processor, rows, chosen, args, resume, dataset if is_hub_id(dataset) else None)
     if args.process_index == 0:
         typer.echo(f"Trained model written to {output_dir}; try: moeclip predict IMAGES --model {output_dir}")
 

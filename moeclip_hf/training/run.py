@@ -80,6 +80,7 @@ def start_model(
         # The towers are built in the type that the checkpoint is stored in.
         model = MoECLIPModel(settings).float()
         model.load_state_dict(clip_weights, strict=False)
+        model.name_or_path = source
     if fresh or any(name.startswith("moe_layers.") for name in report["missing_keys"]):
         draw_experts(model, recipe, seed)
     return model, processor
@@ -138,6 +139,7 @@ def train(
     recipe: Recipe,
     args: TrainingArguments,
     resume: bool = False,
+    dataset: str | None = None,
 ) -> Path:
     """
     Train a model, and write it with its curves to the output folder.
@@ -148,6 +150,7 @@ def train(
         recipe ([`Recipe`])
         args (`TrainingArguments`): from [`training_arguments`].
         resume (`bool`): go on from the last checkpoint in the output folder, if there is one.
+        dataset (`str`, *optional*): Hub id of the rows, for the model card; they know their names alone.
 
     Returns:
         The output folder, which `from_pretrained` now reads.
@@ -162,7 +165,7 @@ def train(
     if checkpoint and not resume:
         raise MoECLIPError(f"{output_dir} holds checkpoints of another run: resume it, or name another folder.")
     samples = TrainingSamples(rows, processor, recipe.augment, args.seed)
-    trainer = MoECLIPTrainer(model, args, samples, processor, recipe)
+    trainer = MoECLIPTrainer(model, args, samples, processor, recipe, dataset)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ProgressBar())
     if checkpoint and trainer.is_done(checkpoint):

@@ -27,6 +27,7 @@ from moeclip_hf.errors import CheckpointError, MoECLIPError
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 from moeclip_hf.modeling.moe_lora import load_variation
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
+from moeclip_hf.pretrained import is_hub_id
 from moeclip_hf.training.monitor import TrainingMonitor
 from moeclip_hf.training.recipes import Recipe, describe_recipe
 from moeclip_hf.training.samples import EpochSampler, TrainingSamples, derive_seed
@@ -79,6 +80,7 @@ class MoECLIPTrainer(Trainer):
         samples ([`TrainingSamples`])
         processor ([`MoECLIPProcessor`])
         recipe ([`Recipe`])
+        dataset (`str`, *optional*): Hub id of the samples, for the model card; their rows know their names alone.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class MoECLIPTrainer(Trainer):
         samples: TrainingSamples,
         processor: MoECLIPProcessor,
         recipe: Recipe,
+        dataset: str | None = None,
     ):
         if args.n_gpu > 1:
             raise MoECLIPError(f"there are {args.n_gpu} GPUs: start one process for each with `accelerate launch`.")
@@ -96,6 +99,13 @@ class MoECLIPTrainer(Trainer):
             raise MoECLIPError(f"a step takes {step_size} images and there are {len(samples)}: lower the batch size.")
         self.recipe = recipe
         self.settings = describe_recipe(recipe) | {"seed": args.seed, "images_per_step": step_size}
+        base = model.name_or_path
+        # For the model card. Not compared when a run is resumed, as folders may be moved meanwhile.
+        self.provenance = {
+            "base_model": base if is_hub_id(base) else Path(base).name or None,
+            "datasets": [dataset] if dataset else sorted(set(samples.rows["dataset"])),
+            "selection": "the last step",
+        }
         # Not the trainer's own `processing_class`, whose special tokens it would write into the model's configuration.
         self.processor = processor
         self.sampler = EpochSampler(len(samples), args.seed)
@@ -237,7 +247,7 @@ class MoECLIPTrainer(Trainer):
             if self.args.should_save:
                 self.moeclip.save_pretrained(staging, state_dict=state)
                 self.processor.save_pretrained(staging)
-                _write_json(staging / RECIPE_FILE, self.settings)
+                _write_json(staging / RECIPE_FILE, self.provenance | self.settings)
                 _write_through(staging)
                 target.mkdir(parents=True, exist_ok=True)
                 # The configuration last: without it the folder is no checkpoint.
@@ -266,7 +276,7 @@ class MoECLIPTrainer(Trainer):
         Returns:
             `CommitInfo` in the main process, `None` in others.
         """
-        from moeclip_hf.hub import is_hub_id, push_to_hub
+        from moeclip_hf.hub import push_to_hub
 
         if not blocking:
             raise MoECLIPError("a model is pushed while the caller waits: leave blocking as it is.")
@@ -275,15 +285,13 @@ class MoECLIPTrainer(Trainer):
             return None
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
-        clip = self.moeclip.name_or_path
-        settings: dict[str, Any] = {"base_model": clip if is_hub_id(clip) else None, **kwargs}
         return push_to_hub(
             self.output_dir,
             str(self.hub_model_id),
             commit_message=commit_message,
             token=token or self.args.hub_token,
             revision=revision or self.args.hub_revision,
-            **settings,
+            **kwargs,
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
