@@ -9,6 +9,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 import torch
 from PIL import Image
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines.base import Pipeline
 
 from .image_processing_moeclip import ImageLike, open_image, to_rgb
@@ -82,9 +83,14 @@ class ZeroShotAnomalyDetectionPipeline(Pipeline):
         return super().__call__(inputs, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Save model and processor, which the package loads; `moeclip push` adds the code for those without it."""
+        """
+        Save model and processor; and the code, if it is a repository's. The package writes none: `moeclip push` does,
+        for those without the package.
+        """
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
+        if hasattr(self.model.config, "custom_pipelines"):  # which names this very file
+            custom_object_save(self, save_directory)
 
     def _sanitize_parameters(
         self,

@@ -1,5 +1,6 @@
-"""How the handler of Inference Endpoints fetches images from the network; test_hub.py has the rest of it."""
+"""What the handler of Inference Endpoints refuses, and how it fetches images; test_hub.py serves with it."""
 
+import base64
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -9,13 +10,23 @@ import pytest
 from PIL import Image
 
 from moeclip_hf.modeling import handler
+from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT
+
+
+def png() -> bytes:
+    buffer = BytesIO()
+    Image.new("RGB", (8, 6), "red").save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def serve() -> handler.EndpointHandler:
+    return handler.EndpointHandler(str(EMBEDDED_CHECKPOINT))
 
 
 @pytest.fixture
 def server(monkeypatch):
     """Serves `/part.png` and a redirect at `/moved`; its port passes for a public address, and no other does."""
-    buffer = BytesIO()
-    Image.new("RGB", (8, 6), "red").save(buffer, format="PNG")
 
     class Pages(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -27,7 +38,7 @@ def server(monkeypatch):
             found = self.path == "/part.png"
             self.send_response(200 if found else 404)
             self.end_headers()
-            self.wfile.write(buffer.getvalue() if found else b"")
+            self.wfile.write(png() if found else b"")
 
         def log_message(self, *arguments):
             pass
@@ -67,3 +78,40 @@ def test_a_large_answer_is_not_read_to_its_end(server, monkeypatch):
     monkeypatch.setattr(handler, "MAX_BYTES", 20)
     with pytest.raises(ValueError, match="at most 20 bytes"):
         handler.read_image(f"{server}/part.png")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "parameters", "words"),
+    [
+        ("part.png", {}, "URL, base64 or bytes"),
+        ("/etc/hostname", {}, "URL, base64 or bytes"),
+        (None, {}, "not NoneType"),
+        ([], {}, "1 to 16 images, not 0"),
+        ([png()] * 17, {}, "1 to 16 images, not 17"),
+        (base64.b64encode(b"no image").decode(), {}, "no image of a known format"),
+        (png()[:50], {}, "cannot be read as an image"),
+        ("http://127.0.0.1:1/x.png", {}, "not a public one"),
+        ("http://169.254.169.254/latest/meta-data", {}, "not a public one"),
+        ("http://[::1]/x.png", {}, "not a public one"),
+        (png(), {"treshold": 0.5}, "class_name, threshold"),
+        (png(), {"threshold": 2}, "from 0 to 1"),
+        (png(), {"threshold": "high"}, "from 0 to 1"),
+        (png(), {"return_heatmap": 1}, "true or false"),
+        (png(), {"class_name": ""}, "printable"),
+    ],
+    ids=lambda value: "bytes" if isinstance(value, bytes) else None,
+)
+def test_a_request_that_cannot_be_answered_is_refused_in_one_line(serve, inputs, parameters, words):
+    with pytest.raises(ValueError, match=words) as refusal:
+        serve({"inputs": inputs, "parameters": parameters})
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_large_image_is_refused(serve, monkeypatch):
+    monkeypatch.setattr(handler, "MAX_PIXELS", 20)
+    with pytest.raises(ValueError, match="at most 20 pixels, not 8 x 6"):
+        serve({"inputs": png()})
+    monkeypatch.setattr(handler, "MAX_BYTES", 10)
+    for given in (png(), base64.b64encode(png()).decode()):
+        with pytest.raises(ValueError, match="at most 10 bytes"):
+            serve({"inputs": given})
