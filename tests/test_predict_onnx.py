@@ -97,7 +97,7 @@ def test_predictions_are_those_of_the_torch_backend(exported, checkpoint, images
         assert [region["box"] for region in ours["regions"]] == [region["box"] for region in theirs["regions"]]
         assert np.allclose(np.load(ours["map"]), np.load(theirs["map"]), atol=1e-4)
         overlays = [np.asarray(Image.open(row["overlay"])).astype(int) for row in (ours, theirs)]
-        assert np.abs(overlays[0] - overlays[1]).max() <= 1
+        assert np.abs(overlays[0] - overlays[1]).max() <= 4  # a step of the colours, of 255
 
 
 def test_eight_bits_are_used_by_naming_their_file(exported, images, tmp_path):
