@@ -1,6 +1,7 @@
 """The recipe of the embedded checkpoint: captions, samples and the pretraining of its CLIP."""
 
 import json
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_patch_shares_are_means_over_patches():
 
 def test_tokenizer_holds_prompts_whole_and_ends_no_text_early(tokenizer):
     longest = max(FAMILIES, key=len).replace("_", " ")
-    for sentence in sum(compose_prompts(longest), []):
+    for sentence in chain(*compose_prompts(longest)):
         tokens = tokenizer.tokenize(sentence)
         assert len(tokens) == len(sentence.replace(".", " .").split()), tokens
     for text in ("transistor", "ähnlich Größe", "металл", "金属螺母", "🔩", "x_9 (ok)/%"):

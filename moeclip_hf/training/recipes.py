@@ -1,8 +1,8 @@
 """Recipes: how MoECLIP is trained, and how its experts start.
 
-`paper` is the default: the paper's objective, start and schedule, with gradients clipped, lest the first of them, which
-is millions of times as long as any later one, spoil Adam's moments. `paper-literal` leaves gradients as they are.
-`released` is what the public code does.
+`paper` is the default: the paper's objective, start and schedule, with gradients clipped, lest the first of them,
+which is millions of times as long as any later one, spoil Adam's moments. `paper-literal` leaves gradients as they
+are. `released` is what the public code does.
 `docs/training.md` shows what was measured for each difference.
 """
 
