@@ -60,6 +60,7 @@ _WEIGHTS = {
     False: ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     True: ("adapter_model.safetensors",),
 }
+_OF_A_RUN = ("recipe.json", "training_curves.png")
 _BESIDE = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -67,14 +68,14 @@ _BESIDE = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "recipe.json",
-    "training_curves.png",
+    *_OF_A_RUN,
     "LICENSE*",
 )
 # What of a repository is replaced as a whole: a file of these that is no longer published is deleted.
 _OURS = (
     *_WEIGHTS[False],
     *_WEIGHTS[True],
+    *_OF_A_RUN,
     CONFIG,
     ADAPTER_CONFIG,
     "*_moeclip.py",

@@ -100,7 +100,7 @@ def test_errors_are_one_line_and_status_1_and_wrong_usage_is_status_2(tmp_path):
 
 def test_fresh_start_keeps_the_clip_of_a_moeclip_and_nothing_else():
     stored = load_file(EMBEDDED_CHECKPOINT / "model.safetensors")
-    model, _ = start_model("embedded", get_recipe("paper"), fresh=True, num_experts=3)
+    model, processor = start_model("embedded", get_recipe("paper"), fresh=True, num_experts=3)
     assert model.name_or_path == str(EMBEDDED_CHECKPOINT)
     own = ("moe_layers.", "text_adapter.", "patch_projection.", "depthwise_adapter.")
     for name, tensor in model.state_dict().items():
@@ -109,6 +109,8 @@ def test_fresh_start_keeps_the_clip_of_a_moeclip_and_nothing_else():
             assert torch.equal(tensor, stored[name].float()), name
     assert model.moe_layers[0].lora_B.shape[0] == 3
     assert not torch.equal(model.text_adapter.projection.weight, stored["text_adapter.projection.weight"].float())
+    # Those of the checkpoint were calibrated on what it scored.
+    assert processor.image_threshold == processor.pixel_threshold == 0.5
 
 
 def test_tracker_that_is_not_installed_is_named_before_the_run(tmp_path, tokenizer, monkeypatch):

@@ -125,7 +125,7 @@ def test_run_ends_in_a_complete_checkpoint_with_recipe_and_curves(clip, rows, tm
     # Of folders the names alone: where they lie is nobody's affair.
     assert (recipe_file["base_model"], recipe_file["datasets"]) == (clip.name, [rows[0]["dataset"]])
     assert str(tmp_path.parent) not in (folder / "recipe.json").read_text()
-    assert recipe_file["selection"] == "the last step"
+    assert (recipe_file["selection"], recipe_file["num_epochs"]) == ("the last of 6 steps", 1)
     assert (folder / "training_curves.png").stat().st_size > 10_000
     assert not (folder / ".staging").exists()
     with pytest.raises(MoECLIPError, match="holds checkpoints of another run"):
@@ -142,6 +142,8 @@ def test_where_clip_and_data_lie_is_recorded_and_may_change_when_a_run_is_resume
         train(model, processor, rows, recipe, args, resume=True, dataset=dataset)
         recorded.append(json.loads((tmp_path / "recipe.json").read_text()))
     assert [one["base_model"] for one in recorded] == [clip.name, "openai/clip"]
+    assert [one["selection"] for one in recorded] == ["the last of 1 steps", "the last of 2 steps"]
+    assert [one["num_epochs"] for one in recorded] == [round(1 / 6, 4), round(2 / 6, 4)]
     assert [one["datasets"] for one in recorded] == [[rows[0]["dataset"]], ["ann/parts"]]
 
 

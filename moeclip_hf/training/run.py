@@ -91,7 +91,10 @@ def _load_processor(source: str, config: MoECLIPConfig, image_size: int | None) 
     vision: Any = config.vision_config
     stored, _ = PreTrainedConfig.get_config_dict(source)
     if image_size is None and stored["model_type"] == config.model_type:
-        return MoECLIPProcessor.from_pretrained(source)
+        processor = MoECLIPProcessor.from_pretrained(source)
+        # Thresholds were chosen on scores of the model as it was.
+        processor.image_threshold = processor.pixel_threshold = 0.5
+        return processor
     if image_size is None:
         images = MoECLIPImageProcessor.for_clip(vision.image_size, vision.patch_size)
     else:

@@ -104,7 +104,6 @@ class MoECLIPTrainer(Trainer):
         self.provenance = {
             "base_model": base if is_hub_id(base) else Path(base).name or None,
             "datasets": [dataset] if dataset else sorted(set(samples.rows["dataset"])),
-            "selection": "the last step",
         }
         # Not the trainer's own `processing_class`, whose special tokens it would write into the model's configuration.
         self.processor = processor
@@ -247,13 +246,21 @@ class MoECLIPTrainer(Trainer):
             if self.args.should_save:
                 self.moeclip.save_pretrained(staging, state_dict=state)
                 self.processor.save_pretrained(staging)
-                _write_json(staging / RECIPE_FILE, self.provenance | self.settings)
+                _write_json(staging / RECIPE_FILE, self._describe_run())
                 _write_through(staging)
                 target.mkdir(parents=True, exist_ok=True)
                 # The configuration last: without it the folder is no checkpoint.
                 for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
                     os.replace(file, target / file.name)
                 _sync(target)
+
+    def _describe_run(self) -> dict[str, Any]:
+        """What a card tells: the run as it went, which may have ended before the recipe's last epoch."""
+        went = {
+            "selection": f"the last of {self.state.global_step} steps",
+            "num_epochs": round(self.state.epoch or 0, 4),
+        }
+        return self.provenance | self.settings | went
 
     def push_to_hub(
         self,
