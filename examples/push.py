@@ -7,14 +7,15 @@ the first alone.
 """
 
 import argparse
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from moeclip_hf import MoECLIPModel, MoECLIPProcessor
 from moeclip_hf.adapters import full_to_adapter
 from moeclip_hf.hub import push_to_hub
-from moeclip_hf.pretrained import Pretrained
 
 
 def main() -> None:
@@ -38,8 +39,12 @@ def main() -> None:
     # The CLIP's weights stay where they are: on the Hub, in the repository that the adapter names.
     full = MoECLIPModel.from_pretrained(args.checkpoint, dtype=torch.float32)
     adapter = full_to_adapter(full, base=args.base_model)
-    processor = MoECLIPProcessor.from_pretrained(args.checkpoint)
-    commit = push_to_hub(Pretrained(adapter, processor), f"{args.repo_id}-adapter", private=args.private)
+    with TemporaryDirectory() as folder:
+        adapter.save_pretrained(folder)
+        MoECLIPProcessor.from_pretrained(args.checkpoint).save_pretrained(folder)
+        if (args.checkpoint / "recipe.json").exists():  # which its card tells, too
+            shutil.copy(args.checkpoint / "recipe.json", folder)
+        commit = push_to_hub(folder, f"{args.repo_id}-adapter", private=args.private)
     print(commit.repo_url)
 
 

@@ -39,7 +39,7 @@ _TRANSFORMERS_SENTENCE = (
 
 _CITATION = """```bibtex
 @inproceedings{park2026moeclip,
-  title     = {MoECLIP},
+  title     = {{MoECLIP}},
   author    = {Park and Seo and Kang and Park},
   booktitle = {Conference on Computer Vision and Pattern Recognition (CVPR)},
   year      = {2026},

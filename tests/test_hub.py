@@ -139,6 +139,7 @@ def workplace(tmp_path_factory):
     processor = MoECLIPProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
     for target in (model, processor):
         target.save_pretrained(folder / "checkpoint")
+    (folder / "checkpoint" / "recipe.json").write_text(json.dumps({"datasets": ["visa"]}))
     towers = {name: getattr(model.config, name).to_dict() for name in ("text_config", "vision_config")}
     clip = CLIPModel(CLIPConfig(projection_dim=model.config.projection_dim, **towers))
     clip.load_state_dict({key: value for key, value in model.state_dict().items() if key in clip.state_dict()})
@@ -187,14 +188,16 @@ def test_a_repository_holds_what_a_checkpoint_needs_and_an_adapter_no_code(workp
     card = hub.read("ann/trained", "README.md").decode()
     assert "base_model: ann/plain" in card
     assert "It was trained on parts." in card
-    assert "This checkpoint was chosen by: the last step." in card
+    assert "This checkpoint was chosen by: the last of 0 steps." in card
     assert f"| expert learning rate | {get_recipe('paper').expert_learning_rate} |" in card
     assert hub.repositories["ann/secret"].private
     assert not hub.repositories["ann/moeclip"].private
     assert workplace.printed[:2] == [f"{hub.url}/ann/example", f"{hub.url}/ann/example-adapter"]
     assert workplace.printed[2].startswith(f"{hub.url}/ann/adapter/commit/")
     assert hub.names("ann/example") == names
-    assert hub.names("ann/example-adapter") == adapter
+    assert hub.names("ann/example-adapter") == adapter | {"recipe.json"}
+    for name in ("ann/example", "ann/example-adapter"):
+        assert b"It was trained on visa." in hub.read(name, "README.md")
     assert workplace.printed[-1] == f"{hub.url}/ann/plain/discussions/1"
     assert b"\n# Written on the Hub" in hub.read("ann/torn", "README.md")
     assert b"license: mit" in hub.read("ann/torn", "README.md")
