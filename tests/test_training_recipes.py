@@ -19,6 +19,7 @@ class GoldenSamples(torch.utils.data.Dataset):
 
     def __init__(self, case):
         self.case = case
+        self.dataset_names = ["reference"]
         self.prompt_names = case.classes
 
     def __len__(self):

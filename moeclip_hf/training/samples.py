@@ -71,6 +71,7 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         self.image_processor = processor.image_processor
         self.augment = augment
         self.seed = seed
+        self.dataset_names = sorted(set(rows["dataset"]))
         self.prompt_names = sorted(set(rows["prompt_name"]))
         self._class_index = {name: index for index, name in enumerate(self.prompt_names)}
         # A normalised black pixel: what comes into view in augmentation is black.

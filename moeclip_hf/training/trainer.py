@@ -103,7 +103,7 @@ class MoECLIPTrainer(Trainer):
         # For the model card. Not compared when a run is resumed, as folders may be moved meanwhile.
         self.provenance = {
             "base_model": base if is_hub_id(base) else Path(base).name or None,
-            "datasets": [dataset] if dataset else sorted(set(samples.rows["dataset"])),
+            "datasets": [dataset] if dataset else samples.dataset_names,
         }
         # Not the trainer's own `processing_class`, whose special tokens it would write into the model's configuration.
         self.processor = processor
