@@ -43,6 +43,8 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.forward
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.metrics
+	$(BIN)/python -m benchmarks.preprocessing
+	$(BIN)/python -m benchmarks.training_step
 	$(BIN)/python -m benchmarks.export
 
 clean:
