@@ -5,8 +5,6 @@ import io
 import json
 import re
 import runpy
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -454,39 +452,6 @@ def test_the_page_names_no_outside_address_to_load_from_and_no_path_of_the_serve
 def test_clients_of_its_api_find_nothing_to_call(address):
     client = Client(address, verbose=False)
     assert client.view_api(return_format="dict")["named_endpoints"] == {}
-
-
-def test_without_gradio_the_command_says_what_to_install():
-    code = (
-        "import sys; sys.modules['gradio'] = None\n"
-        "import importlib.util as util; found = util.find_spec\n"
-        "util.find_spec = lambda name, *rest: None if name == 'gradio' else found(name, *rest)\n"
-        "import moeclip_hf.cli as cli; sys.argv = ['moeclip', 'app']; cli.main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1
-    assert done.stderr.strip() == "moeclip: the page needs gradio: pip install 'moeclip-hf[app]'"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "host", "choose_model"),
-    [
-        ([], "127.0.0.1", True),
-        (["--host", "localhost"], "localhost", True),
-        (["--host", "::1"], "::1", True),
-        (["--host", "[::]"], "[::]", False),
-        (["--host", "0.0.0.0"], "0.0.0.0", False),
-        (["--host", "192.168.1.2", "--choose-model"], "192.168.1.2", True),
-        (["--fixed-model"], "127.0.0.1", False),
-    ],
-)
-def test_the_command_listens_to_this_machine_alone_unless_told_otherwise(monkeypatch, arguments, host, choose_model):
-    built, launched = [], []
-    monkeypatch.setattr("moeclip_hf.app.build_app", lambda *given: built.append(given))
-    monkeypatch.setattr("moeclip_hf.app.launch_app", lambda *given: launched.append(given))
-    assert CliRunner().invoke(cli, ["app", *arguments]).exit_code == 0
-    assert built == [(None, None, choose_model, 64, None)]
-    assert launched == [(None, host, None, 32)]
 
 
 def test_a_port_that_is_taken_and_a_model_that_is_missing_are_one_line(address, tmp_path):

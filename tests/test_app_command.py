@@ -1,0 +1,45 @@
+"""`moeclip app`: what it needs, and whom it listens to."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moeclip_hf.cli import app as cli
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_without_gradio_the_command_says_what_to_install():
+    code = (
+        "import sys; sys.modules['gradio'] = None\n"
+        "import importlib.util as util; found = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name == 'gradio' else found(name, *rest)\n"
+        "import moeclip_hf.cli as cli; sys.argv = ['moeclip', 'app']; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "moeclip: the page needs gradio: pip install 'moeclip-hf[app]'"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "host", "choose_model"),
+    [
+        ([], "127.0.0.1", True),
+        (["--host", "localhost"], "localhost", True),
+        (["--host", "::1"], "::1", True),
+        (["--host", "[::]"], "[::]", False),
+        (["--host", "0.0.0.0"], "0.0.0.0", False),
+        (["--host", "192.168.1.2", "--choose-model"], "192.168.1.2", True),
+        (["--fixed-model"], "127.0.0.1", False),
+    ],
+)
+def test_the_command_listens_to_this_machine_alone_unless_told_otherwise(monkeypatch, arguments, host, choose_model):
+    built, launched = [], []
+    monkeypatch.setattr("moeclip_hf.app.build_app", lambda *given: built.append(given))
+    monkeypatch.setattr("moeclip_hf.app.launch_app", lambda *given: launched.append(given))
+    assert CliRunner().invoke(cli, ["app", *arguments]).exit_code == 0
+    assert built == [(None, None, choose_model, 64, None)]
+    assert launched == [(None, host, None, 32)]
