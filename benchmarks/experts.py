@@ -25,6 +25,7 @@ from rich.table import Table
 from moeclip_hf import MoECLIPModel, MoECLIPProcessor
 from moeclip_hf.data import load_folder, read_mask
 from moeclip_hf.data.textures.benchmark import write_texture_benchmark
+from moeclip_hf.data.textures.splits import VALIDATION_FAMILIES
 from moeclip_hf.metrics import AnomalyMetrics
 from moeclip_hf.pretrained import load_pretrained
 from moeclip_hf.training import MoECLIPTrainer, Recipe, TrainingSamples, get_recipe, start_model, training_arguments
@@ -34,10 +35,7 @@ SEEN = (
     "brick_wall", "brushed_metal", "carpet", "cork", "corrugated_cardboard", "granite", "gravel", "leather",
     "perforated_plate", "polka_dots", "square_tiles", "striped_cloth", "wood_grain", "woven_fabric",
 )  # fmt: skip
-UNSEEN = (
-    "circuit_board", "corduroy", "grass", "herringbone_parquet", "hexagonal_tiles", "knitted_fabric", "marble",
-    "sand_ripples", "terrazzo", "wire_mesh",
-)  # fmt: skip
+UNSEEN = VALIDATION_FAMILIES
 FIGURES = ("pixel_auroc", "pixel_ap", "image_auroc", "image_ap")
 
 # Runs here are some 50 times shorter than the paper's 20 epochs, and learn 4 times as fast.
