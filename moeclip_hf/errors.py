@@ -8,7 +8,8 @@
     └── PublishingError           the Hub does not take what is pushed
 
 The `moeclip` command turns any of them into one line on standard error and exit status 1. All are `ValueError`s, so
-that code which knows nothing of this package can catch them.
+that code which knows nothing of this package can catch them. What is said and stops nothing is a `MoECLIPWarning`, for
+which the command prints a line as well.
 """
 
 
@@ -34,3 +35,7 @@ class DatasetError(MoECLIPError):
 
 class PublishingError(MoECLIPError):
     """The Hub does not take what is pushed: no login, no rights, no connection."""
+
+
+class MoECLIPWarning(UserWarning):
+    """Something of the input is passed over, or not as it should be, and the work goes on."""

@@ -1,6 +1,8 @@
 """The `moeclip` command. Each subcommand is a module of this package and imports what is heavy only when it runs."""
 
 import sys
+import warnings
+from typing import Any
 
 import typer
 
@@ -12,10 +14,11 @@ from moeclip_hf.cli.convert import convert
 from moeclip_hf.cli.evaluate import evaluate
 from moeclip_hf.cli.explain import explain
 from moeclip_hf.cli.export import export
+from moeclip_hf.cli.messages import one_line
 from moeclip_hf.cli.predict import predict
 from moeclip_hf.cli.push import push
 from moeclip_hf.cli.train import train
-from moeclip_hf.errors import MoECLIPError
+from moeclip_hf.errors import MoECLIPError, MoECLIPWarning
 
 app = typer.Typer(
     name="moeclip",
@@ -54,8 +57,23 @@ def options(
 
 def main() -> None:
     """Run the command line; a mistake of the user's ends in one line on standard error and exit status 1."""
+    warnings.showwarning = _show_warning
     try:
         app()
     except (MoECLIPError, OSError) as error:  # a full disk, a folder that cannot be written to
-        typer.echo(f"moeclip: {error}", err=True)
+        _say(error)
         sys.exit(1)
+
+
+_show_others = warnings.showwarning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    if issubclass(category, MoECLIPWarning):
+        _say(message)
+    else:
+        _show_others(message, category, *where)
+
+
+def _say(message: object) -> None:
+    typer.echo(f"moeclip: {one_line(str(message))}", err=True)

@@ -4,7 +4,7 @@ Augmentation (`moeclip_hf.data.augmentation`) and synthetic textures (`moeclip_h
 own names: they need torch and scipy, and nothing here does.
 """
 
-from moeclip_hf.data.check import CheckReport, Problem, check_benchmark
+from moeclip_hf.data.check import CheckReport, Problem, check_benchmark, check_rows
 from moeclip_hf.data.loading import load_benchmark, load_data, load_folder, load_hub, load_index
 from moeclip_hf.data.records import LABELS, Record, binarize_mask, read_mask
 from moeclip_hf.data.registry import (
@@ -35,6 +35,7 @@ __all__ = [
     "Results",
     "binarize_mask",
     "check_benchmark",
+    "check_rows",
     "find_benchmark",
     "get_benchmark",
     "load_benchmark",

@@ -1,17 +1,21 @@
-"""Whether a copy of a benchmark is complete and readable: counts, masks and every file."""
+"""Whether a copy of a benchmark is complete, and whether images and masks are fit to be used: every file is read."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moeclip_hf.data.records import Record, binarize_mask
+from moeclip_hf.data.records import Record, binarize_mask, to_dataset
 from moeclip_hf.data.registry import Benchmark
 from moeclip_hf.data.trees import missing_classes, read_benchmark
-from moeclip_hf.errors import DatasetError
+from moeclip_hf.errors import DatasetError, UnreadableImageError
+
+if TYPE_CHECKING:
+    import datasets
 
 Progress = Callable[[int, int], None]
 """Called with the number of images read so far and their total."""
@@ -67,13 +71,37 @@ def check_benchmark(benchmark: Benchmark, data_dir: Path, progress: Progress | N
         return CheckReport(benchmark, 0, 0, 0, (Problem("", str(error)),))
     counts = Counter(record.label for record in records)
     problems = [*_wrong_counts(benchmark, records, counts), *_twins(records)]
-    with ThreadPoolExecutor() as pool:
-        for done, found in enumerate(pool.map(lambda record: _check_files(benchmark, record), records), start=1):
-            problems.extend(found)
-            if progress is not None:
-                progress(done, len(records))
+    found = check_rows(to_dataset(records), range(len(records)), benchmark.has_masks, progress)
+    problems += [problem for _, problem in found]
     masks = sum(record.mask is not None for record in records)
     return CheckReport(benchmark, counts[0], counts[1], masks, tuple(problems))
+
+
+def check_rows(
+    rows: datasets.Dataset, indices: Sequence[int], needs_masks: bool = True, progress: Progress | None = None
+) -> list[tuple[int, Problem]]:
+    """Read images and masks, and name those that are not fit to be trained on, with their rows, in order.
+
+    These are files that cannot be read, and anomalous images without a mask, with one of another size, or with one that
+    has no anomalous pixel.
+
+    Args:
+        rows: from `load_data`.
+        indices: of the rows to check.
+        needs_masks: whether an anomalous image without a mask is a problem.
+        progress: told after every image.
+    """
+    from moeclip_hf.reading import leave_undecoded
+
+    stored = leave_undecoded(rows)
+    problems = []
+    with ThreadPoolExecutor() as pool:
+        checked = pool.map(lambda index: _check_row(stored, index, needs_masks), indices)
+        for done, (index, found) in enumerate(zip(indices, checked, strict=True), start=1):
+            problems += [(index, Problem(stored[index]["image_path"], what)) for what in found]
+            if progress is not None:
+                progress(done, len(indices))
+    return problems
 
 
 def _wrong_counts(benchmark: Benchmark, records: list[Record], counts: Counter[int]) -> Iterator[Problem]:
@@ -97,26 +125,23 @@ def _twins(records: list[Record]) -> Iterator[Problem]:
             yield Problem(record.image_path, f"the same image as {twin.image_path}, in another format")
 
 
-def _check_files(benchmark: Benchmark, record: Record) -> list[Problem]:
-    from PIL import Image, ImageOps
+def _check_row(stored: datasets.Dataset, index: int, needs_masks: bool) -> list[str]:
+    from moeclip_hf.reading import read_row
 
     try:
-        with Image.open(record.image) as image:
-            size = ImageOps.exif_transpose(image).size
-    except (OSError, SyntaxError, ValueError) as error:
-        return [Problem(record.image_path, f"cannot be read: {error}")]
-    if record.mask is None:
-        missing = record.label == 1 and benchmark.has_masks
-        return [Problem(record.image_path, "is anomalous and has no mask")] if missing else []
-    try:
-        with Image.open(record.mask) as mask:
-            anomalous = binarize_mask(mask)
-    except (OSError, SyntaxError, ValueError) as error:
-        return [Problem(record.image_path, f"its mask {record.mask} cannot be read: {error}")]
-    height, width = anomalous.shape
-    problems = []
-    if (width, height) != size:
-        problems.append(Problem(record.image_path, f"is {size[0]} x {size[1]}, its mask {width} x {height}"))
+        row = read_row(stored, index)
+    except UnreadableImageError as error:
+        return [str(error).removeprefix(stored[index]["image_path"]).lstrip(":, ")]
+    if not row["label"]:
+        return []
+    if row["mask"] is None:
+        return ["is anomalous and has no mask"] if needs_masks else []
+    anomalous = binarize_mask(row["mask"])
+    (width, height), (mask_height, mask_width) = row["image"].size, anomalous.shape
+    what = []
+    if (width, height) != (mask_width, mask_height):
+        what.append(f"is {width} x {height}, its mask {mask_width} x {mask_height}")
     if not anomalous.any():
-        problems.append(Problem(record.image_path, f"is anomalous, and its mask {record.mask} is empty"))
-    return problems
+        path = stored[index]["mask"]["path"]
+        what.append(f"is anomalous, and its mask {path + ' ' if path else ''}is empty")
+    return what

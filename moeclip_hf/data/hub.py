@@ -76,10 +76,9 @@ def _load(source: str, split: str, streaming: bool) -> datasets.Dataset | datase
             loaded = datasets.load_dataset(source, split=split, streaming=streaming)
     except DatasetError:
         raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DatasetError(
-            f"cannot load data set '{source}', split '{split}': {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:  # whatever damaged files lead their readers to
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DatasetError(f"cannot load data set '{source}', split '{split}': {reason}") from error
     if streaming and isinstance(loaded, datasets.Dataset):
         return loaded.to_iterable_dataset()
     return loaded._resolve_features() if loaded.features is None else loaded
@@ -94,18 +93,25 @@ def _row_reader(
     if label_names is not None and not NORMAL_LABELS.intersection(map(str.lower, label_names)):
         expected = ", ".join(sorted(NORMAL_LABELS))
         raise DatasetError(f"{source}: none of the labels {', '.join(label_names)} is one of {expected}")
-    dataset = source.rstrip("/").rsplit("/", 1)[-1]
+    folder = Path(source)
+    dataset = (folder.resolve() if folder.is_dir() else folder).name
 
     def describe(row: Mapping[str, Any], number: int) -> dict[str, Any]:
-        value = row["label"] if label_names is None else label_names[row["label"]]
         where = f"{source}, {split}, row {number}"
+        value = _name_of(row["label"], label_names, where)
         label = int(value.lower() not in NORMAL_LABELS) if isinstance(value, str) else as_label(value, where)
-        name = row.get("class_name", FALLBACK_PROMPT_NAME)
-        class_name = str(name if class_names is None else class_names[name])
+        class_name = str(_name_of(row.get("class_name", FALLBACK_PROMPT_NAME), class_names, where))
         image_path = f"{split}/{number:06d}"
         return {"label": label, "image_path": image_path, **columns_of(dataset, class_name, class_name, domain)}
 
     return describe
+
+
+def _name_of(value: Any, names: list[str] | None, where: str) -> Any:
+    """A label or class by its name where it has one; -1 and nothing stand for what is not known."""
+    if value is None or (names is not None and value < 0):
+        raise DatasetError(f"{where}: its label or class is not known: leave such rows out")
+    return value if names is None else names[value]
 
 
 def _assemble(

@@ -2,17 +2,18 @@
 
 import csv
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from moeclip_hf.errors import DatasetError
+from moeclip_hf.errors import DatasetError, MoECLIPWarning
 
 IsClass = Callable[[str], bool]
 """Tells from the name of a class folder whether it is wanted."""
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,11 @@ class FolderLayout:
         prefix = "<class>/" if self.class_folders else ""
         return f"{prefix}{self.normal or self.anomalous}"
 
+    def is_class_folder(self, folder: Path) -> bool:
+        """Whether a folder is meant to be a class of this layout, if perhaps one that lacks its normal images."""
+        anomalous = self.anomalous.partition("/{defect}")[0]
+        return self.class_folders and any((folder / part).is_dir() for part in (self.normal, anomalous) if part)
+
     def _class_folders(self, root: Path, is_class: IsClass) -> list[tuple[str, Path]]:
         if self.class_folders:
             folders = [(folder.name, folder) for folder in subfolders(root) if is_class(folder.name)]
@@ -148,25 +154,23 @@ class VisaTable:
         """The images whose row has this split and a wanted object, sorted by class folder and path.
 
         Raises:
-            DatasetError: the table lacks a column, or knows no such split.
+            DatasetError: the table cannot be read, lacks a column or knows no such split; a label or path of it is none.
         """
         path = root / self.table
         with path.open(newline="", encoding="utf-8-sig") as file:
             try:
+                table = csv.DictReader(file, restval="")
                 samples = [
-                    Sample(
-                        folder=row["object"],
-                        image=root / row["image"],
-                        label=int(row["label"] != "normal"),
-                        mask=_existing(root / (row["mask"] or "")),
-                    )
-                    for row in csv.DictReader(file)
+                    self._sample(root, row, f"{path}, line {table.line_num}")
+                    for row in table
                     if row["split"] == split and is_class(row["object"])
                 ]
             except KeyError as error:
                 raise DatasetError(
                     f"{path} has no column {error}; expected object, split, label, image, mask"
                 ) from None
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise DatasetError(f"{path} cannot be read as a table: {error}") from None
         if not samples:
             raise DatasetError(f"{path} has no row with split '{split}'")
         return sorted(samples, key=lambda sample: (sample.folder, sample.image))
@@ -175,13 +179,48 @@ class VisaTable:
         """The table's path."""
         return self.table
 
+    @staticmethod
+    def _sample(root: Path, row: dict[str, str], where: str) -> Sample:
+        if row["label"] not in ("normal", "anomaly"):
+            raise DatasetError(f"{where}: label {row['label']!r} is neither 'normal' nor 'anomaly'")
+        image, mask = (path_within(root, row[column], where) if row[column] else None for column in ("image", "mask"))
+        if image is None:
+            raise DatasetError(f"{where}: names no image")
+        return Sample(row["object"], image, int(row["label"] == "anomaly"), mask if mask and os.path.isfile(mask) else None)
+
 
 def list_images(folder: Path) -> list[Path]:
     """The files of a folder with an image suffix, sorted by name, without hidden ones; none if there is no folder."""
     if not folder.is_dir():
         return []
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    return [folder / name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+    suffixes = {name: os.path.splitext(name)[1].lower() for name in names}
+    if others := set(suffixes.values()) - IMAGE_SUFFIXES:
+        _tell_passed_over(folder, [name for name in names if suffixes[name] in others])
+    return [folder / name for name in names if suffixes[name] in IMAGE_SUFFIXES]
+
+
+def _tell_passed_over(folder: Path, names: list[str]) -> None:
+    """Say that there are images of kinds that are not read; notes and tables beside images are nobody's worry."""
+    from PIL import Image
+
+    kinds = Image.registered_extensions()
+    images = [name for name in names if os.path.splitext(name)[1].lower() in kinds]
+    if images:
+        text = f"{folder}: passes over {len(images)} files, of which the first is {images[0]}: convert them to PNG"
+        warnings.warn(text, MoECLIPWarning, stacklevel=3)
+
+
+def path_within(root: Path, name: str, where: str) -> Path:
+    """A file that a table or an index names, below the folder that its paths are relative to.
+
+    Raises:
+        DatasetError: the path is absolute or leads out of the folder; `where` says where it stands.
+    """
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise DatasetError(f"{where}: path {name!r} must be relative to {root} and not lead out of it")
+    return root / path
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -189,10 +228,6 @@ def subfolders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-
-
-def _existing(path: Path) -> Path | None:
-    return path if path.is_file() else None
 
 
 MVTEC = FolderLayout("test/good", "test/{defect}", "ground_truth/{defect}", train="train/good")

@@ -5,6 +5,7 @@ Its rows are described by `moeclip_hf.data.records.Record`; `read_mask(row)` giv
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -79,8 +80,8 @@ def load_benchmark(
         classes: the classes to read, all by default.
 
     Raises:
-        DatasetError: no such benchmark, tree, class or split; classes that are missing on disk; an image with two
-            masks.
+        DatasetError: no such benchmark, tree, class or split; classes or files that are missing on disk; an image with
+            two masks.
     """
     benchmark = get_benchmark(name)
     records = read_benchmark(benchmark, Path(data_dir), split, classes)
@@ -88,7 +89,7 @@ def load_benchmark(
         raise DatasetError(
             f"{data_dir} lacks {benchmark.name}'s {', '.join(missing)}; name the classes to read without them"
         )
-    return to_dataset(records)
+    return _present(records)
 
 
 def load_folder(
@@ -113,10 +114,11 @@ def load_folder(
         domain: "industrial" or "medical".
 
     Raises:
-        DatasetError: no such folder, images, class or split; an image with two masks.
+        DatasetError: no such folder, images, class or split; a class without images; files that are missing; an image
+            with two masks.
     """
-    records = folder_records(Path(root), split, class_name, domain)
-    return to_dataset(_records_of(records, classes))
+    records = folder_records(Path(root), split, class_name, domain, classes)
+    return _present(_records_of(records, classes))
 
 
 def load_index(
@@ -142,6 +144,14 @@ def load_index(
     index = Path(index)
     records = index_records(index, Path(data_dir or index.parent), split, domain)
     return to_dataset(_records_of(records, classes))
+
+
+def _present(records: list[Record]) -> datasets.Dataset:
+    """Rows of files that are there: whatever else has a name, a broken link or a pipe, cannot be read."""
+    names = [name for record in records for name in (record.image, record.mask) if name]
+    if lost := [name for name in names if not os.path.isfile(name)]:
+        raise DatasetError(f"{len(lost)} files are missing, or are none, the first is {lost[0]}")
+    return to_dataset(records)
 
 
 def _records_of(records: list[Record], classes: Collection[str] | None) -> list[Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -65,11 +66,26 @@ def features() -> datasets.Features:
 
 
 def to_dataset(records: Sequence[Record]) -> datasets.Dataset:
-    """A `datasets.Dataset` with one row a record; it stores paths, and reads an image when its row is read."""
+    """A `datasets.Dataset` with one row a record; it stores paths, and reads an image when its row is read.
+
+    Raises:
+        DatasetError: naming the first name that is not UTF-8, which Arrow takes alone.
+    """
     import datasets
 
     columns = {name: [getattr(record, name) for record in records] for name in COLUMNS}
-    return datasets.Dataset.from_dict(columns, features=features())
+    try:
+        return datasets.Dataset.from_dict(columns, features=features())
+    except UnicodeEncodeError as error:
+        raise DatasetError(f"{error.object!a}: a name that is not UTF-8: rename it") from None
+
+
+def digest_rows(rows: datasets.Dataset) -> str:
+    """Tells sets of images apart: a digest of their paths, labels and prompt names, in their order."""
+    lines = (f"{path} {label} {name}" for path, label, name in zip(
+        rows["image_path"], rows["label"], rows["prompt_name"], strict=True
+    ))  # fmt: skip
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
 def read_mask(row: Mapping[str, Any]) -> np.ndarray | None:

@@ -5,13 +5,14 @@ Everything here is data that needs no heavy import. All results are percentages;
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
 from moeclip_hf.data.layouts import BMAD, BTAD, ENDO, HEADCT, MVTEC, POLYPS, Layout, VisaTable
-from moeclip_hf.errors import DatasetError
+from moeclip_hf.errors import DatasetError, MoECLIPWarning
 
 Domain = Literal["industrial", "medical"]
 
@@ -94,6 +95,9 @@ class Benchmark:
     def columns(self, class_name: str, folder: str) -> dict[str, str]:
         """The text columns of an image's row, from its class and its class folder (empty where classes have none)."""
         class_name = self.known_class(class_name)
+        if class_name not in self.classes:
+            text = f"{self.name} has no class '{class_name}': its prompts say '{self.prompt_name(class_name)}'"
+            warnings.warn(text, MoECLIPWarning, stacklevel=2)
         return {
             "class_name": class_name,
             "prompt_name": self.prompt_name(class_name),

@@ -8,7 +8,7 @@ from moeclip_hf.data.records import Record
 from moeclip_hf.data.registry import Benchmark, Domain, plain_columns
 from moeclip_hf.errors import DatasetError
 
-OWN_LAYOUTS: tuple[Layout, ...] = (
+OWN_LAYOUTS: tuple[FolderLayout, ...] = (
     FolderLayout("normal", "abnormal", "masks", class_folders=False),
     FolderLayout(MVTEC.normal, MVTEC.anomalous, MVTEC.masks, MVTEC.train, class_folders=False),
     FolderLayout("normal", "abnormal", "masks"),
@@ -74,7 +74,9 @@ def missing_classes(classes: Collection[str], records: list[Record]) -> list[str
     return sorted(set(classes) - {record.class_name for record in records})
 
 
-def folder_records(root: Path, split: str, class_name: str, domain: Domain) -> list[Record]:
+def folder_records(
+    root: Path, split: str, class_name: str, domain: Domain, classes: Collection[str] | None = None
+) -> list[Record]:
     """The images of a folder of one's own, sorted by class folder and path.
 
     Args:
@@ -82,9 +84,10 @@ def folder_records(root: Path, split: str, class_name: str, domain: Domain) -> l
         split: "test", or "train" for `train/good` of a tree as MVTec AD's.
         class_name: class of the images where there is no folder a class.
         domain: "industrial" or "medical".
+        classes: those that must have images, all by default.
 
     Raises:
-        DatasetError: the folder is not there, or holds no images in any of these layouts.
+        DatasetError: the folder is not there, holds no images in any of these layouts, or a class without any.
     """
     if not root.is_dir():
         raise DatasetError(f"no such folder: {root}")
@@ -96,6 +99,12 @@ def folder_records(root: Path, split: str, class_name: str, domain: Domain) -> l
             raise
         looked_for = ", ".join(layout.describe() for layout in OWN_LAYOUTS[:-1])
         raise DatasetError(f"no images in {root}: looked for {looked_for}, and for images in it") from None
+    folders = {folder.name for folder in subfolders(root) if layout.is_class_folder(folder)}
+    if empty := sorted(folders.intersection(classes or folders) - {sample.folder for sample in samples}):
+        raise DatasetError(
+            f"{root} has no images of {', '.join(empty)} for split '{split}', for which {layout.describe()} must hold "
+            "some: add them, remove the class's folder, or name the classes to read without it"
+        )
     dataset = root.resolve().name
     return [_record(root, sample, plain_columns(dataset, sample.folder or class_name, domain)) for sample in samples]
 
