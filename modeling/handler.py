@@ -9,13 +9,16 @@ import base64
 import ipaddress
 import math
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
 from io import BytesIO
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from transformers import pipeline
 
 MAX_IMAGES = 16
@@ -63,7 +66,9 @@ class EndpointHandler:
         given = inputs if isinstance(inputs, list) else [inputs]
         if not 1 <= len(given) <= MAX_IMAGES:
             raise ValueError(f"A request takes 1 to {MAX_IMAGES} images, not {len(given)}.")
-        results = self.detect([read_image(image) for image in given], batch_size=_BATCH_SIZE, **parameters)
+        images = [read_image(image) for image in given]
+        # Of an iterator the pipeline makes one: maps are let go of one by one, large ones among them.
+        results = self.detect((image for image in images), batch_size=_BATCH_SIZE, **parameters)
         answers = [_answer(result, with_heatmap) for result in results]
         return answers if isinstance(inputs, list) else answers[0]
 
@@ -75,9 +80,10 @@ def read_image(source: Any) -> bytes | Image.Image:
     Raises:
         ValueError: saying why not.
     """
-    if isinstance(source, Image.Image):
-        _check_pixels(source)
-        return source
+    if isinstance(source, Image.Image):  # an image that was the whole request, as it was opened
+        _check_pixels(*source.size)
+        with _decoding():
+            return ImageOps.exif_transpose(source)
     if isinstance(source, str):
         data = _download(source) if source.startswith(("http://", "https://")) else _decode_base64(source)
     elif isinstance(source, (bytes, bytearray)):
@@ -86,17 +92,23 @@ def read_image(source: Any) -> bytes | Image.Image:
         raise ValueError(f"An image is a URL, base64 or bytes, not {type(source).__name__}.")
     if len(data) > MAX_BYTES:
         raise ValueError(f"An image has at most {MAX_BYTES} bytes.")
-    try:
-        with Image.open(BytesIO(data)) as image:
-            _check_pixels(image)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError):
-        raise ValueError("An input is no image of a known format, or far too large.") from None
+    with _decoding(), Image.open(BytesIO(data)) as image:
+        size = image.size
+    _check_pixels(*size)
     return data
 
 
-def _check_pixels(image: Image.Image) -> None:
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"An image has at most {MAX_PIXELS} pixels, not {image.width} x {image.height}.")
+@contextmanager
+def _decoding() -> Iterator[None]:
+    try:
+        yield
+    except Exception:  # decoders raise whatever a damaged file leads them to
+        raise ValueError("An input is no image of a known format, is damaged, or far too large.") from None
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"An image has at most {MAX_PIXELS} pixels, not {width} x {height}.")
 
 
 def _decode_base64(text: str) -> bytes:
@@ -115,7 +127,7 @@ def _download(url: str) -> bytes:
         opener = build_opener(_CheckedRedirects)
         with opener.open(Request(url, headers={"User-Agent": "moeclip-hf"}), timeout=_TIMEOUT) as response:
             return response.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise ValueError(f"{url[:200]}: cannot be fetched ({error}).") from None
 
 

@@ -1,6 +1,9 @@
 """Image processor of MoECLIP: any image in, normalised pixels out. PIL and torch alone."""
 
-from collections.abc import Sequence
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,6 +14,11 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 ImageLike = Image.Image | np.ndarray | torch.Tensor | str | Path
+
+# What PIL decodes by itself, told by a file's contents. Others reach for programs, such as EPS for Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# Where aspect ratios are kept, a strip a pixel wide would become an input of millions of patches.
+LARGEST_ASPECT_RATIO = 8
 
 # The method feeds OpenAI's ViT-L/14 of 336 pixels with 518, a grid of 37 x 37 patches.
 _METHOD_SIZE = 518
@@ -78,7 +86,8 @@ class MoECLIPImageProcessor(BaseImageProcessor):
             `BatchFeature` with `pixel_values`: (B, 3, H, W), float32.
 
         Raises:
-            ValueError: for what cannot be read as an image, or where images of unlike shapes keep their aspect ratios.
+            ValueError: for what cannot be read as an image; where aspect ratios are kept, for images of unlike shapes
+                and for strips whose one side is more than 8 times the other.
         """
         size = self.size if size is None else _checked_size(size, self.patch_size)
         pixels = [self._normalise(self._resize(to_rgb(image), size)) for image in _as_list(images)]
@@ -94,6 +103,12 @@ class MoECLIPImageProcessor(BaseImageProcessor):
 
     def _resize(self, image: Image.Image, size: dict[str, int]) -> Image.Image:
         if "shortest_edge" in size:
+            if max(image.size) > LARGEST_ASPECT_RATIO * min(image.size):
+                raise ValueError(
+                    f"An image of {image.width} x {image.height} pixels is too long a strip to keep its aspect ratio: "
+                    f"a side may be {LARGEST_ASPECT_RATIO} times the other. Pass a size with height and width, or cut "
+                    "it into tiles."
+                )
             scale = size["shortest_edge"] / min(image.size)
             edges = [max(_MIN_GRID, round(edge * scale / self.patch_size)) * self.patch_size for edge in image.size]
             return image.resize((edges[0], edges[1]), Image.Resampling.BICUBIC)
@@ -114,17 +129,43 @@ def open_image(file: str | Path | IO[bytes], name: str | None = None) -> Image.I
     Open an image file upright, as its EXIF orientation tells.
 
     Args:
-        file: a path, or an open file.
+        file: a path, or an open file, of one of the `FORMATS`.
         name (`str`, *optional*): what errors call it; by default the path.
 
     Raises:
-        ValueError: if the file is missing, or is not an image that can be read to its end.
+        ValueError: if the file is missing, is not an image that can be read to its end, or holds several: frames of an
+            animation, or pages. Of a camera's multi-picture file the photograph is read, not its previews.
     """
+    with _opened(file, name) as image:
+        # Which of several is meant is not known, and a defect on the others would be missed in silence.
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            raise ValueError("it holds several images: save the one that is meant as a file of its own")
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def image_size(file: str | Path | IO[bytes], name: str | None = None) -> tuple[int, int]:
+    """
+    Width and height that an image file's header tells, before it is turned upright. No pixel is decoded.
+
+    Raises:
+        ValueError: as [`open_image`], as far as the header tells.
+    """
+    with _opened(file, name) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(file: str | Path | IO[bytes], name: str | None) -> Iterator[Image.Image]:
+    """Open a file for what is done with it; whatever that leads decoders to raise becomes one line with its name."""
     name = name or str(file)
     try:
-        image = Image.open(file)
-        image.load()
-        return ImageOps.exif_transpose(image)
+        # A pipe or a device would be waited for without end.
+        if isinstance(file, (str, Path)) and not stat.S_ISREG(os.stat(file).st_mode):
+            raise ValueError("it is a folder or a device, no file")
+        with Image.open(file, formats=FORMATS) as image:
+            yield image
     except FileNotFoundError:
         raise ValueError(f"{name}: no such file.") from None
     except Image.DecompressionBombError as error:
@@ -132,23 +173,43 @@ def open_image(file: str | Path | IO[bytes], name: str | None = None) -> Image.I
             f"{name}: {error} If you trust it, cut it into parts or raise PIL.Image.MAX_IMAGE_PIXELS."
         ) from error
     except UnidentifiedImageError:
-        raise ValueError(f"{name}: cannot be read as an image (its format is not known).") from None
-    except Exception as error:  # decoders raise whatever a damaged file leads them to
-        raise ValueError(f"{name}: cannot be read as an image ({error}).") from error
+        kinds = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise ValueError(f"{name}: cannot be read as an image ({kinds}).") from None
+    except Exception as error:
+        raise ValueError(f"{name}: cannot be read as an image ({_reason(error)}).") from error
 
 
-def to_rgb(image: ImageLike) -> Image.Image:
+def _reason(error: Exception) -> str:
+    """What an error says, without the path that those of the system repeat, on one line."""
+    said = error.strerror if isinstance(error, OSError) else None
+    return " ".join(str(said or error).split()) or type(error).__name__
+
+
+def to_rgb(image: ImageLike, name: str | None = None) -> Image.Image:
     """
     Make an 8-bit RGB image of anything that is an image.
 
     Transparent pixels are laid over white, 16-bit and floating-point ones are brought to 8 bits, grey, palette and
-    CMYK ones are converted. A path is opened by [`open_image`].
+    CMYK ones are converted. A path is opened by [`open_image`], which turns it upright; a PIL image is taken as it is.
+
+    Args:
+        image: a PIL image, a path, an array or a tensor.
+        name (`str`, *optional*): what errors call it; by default the path.
 
     Raises:
         ValueError: for what is no image, or holds values outside its range.
     """
     if isinstance(image, (str, Path)):
-        image = open_image(image)
+        return to_rgb(open_image(image, name), name or str(image))
+    try:
+        return _converted(image)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}" if name else str(error)) from error
+    except MemoryError as error:
+        raise ValueError(f"{name or 'An image'}: too large for the memory of this machine.") from error
+
+
+def _converted(image: Any) -> Image.Image:
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
@@ -156,16 +217,28 @@ def to_rgb(image: ImageLike) -> Image.Image:
         image = _from_array(image)
     if not isinstance(image, Image.Image):
         raise ValueError(f"A {type(image).__name__} is no image: pass a PIL image, a path, an array or a tensor.")
+    try:
+        image.load()  # it may have been opened, and no more
+    except Exception as error:  # decoders raise whatever a damaged file leads them to
+        raise ValueError(f"An image cannot be decoded ({_reason(error)}).") from error
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
-        image = _from_array(np.array(image).astype(np.uint16))
+        image = _from_array(_as_sixteen_bits(np.array(image)))
     elif image.mode == "F":
         image = _from_array(np.array(image))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _as_sixteen_bits(values: np.ndarray) -> np.ndarray:
+    """The values of PIL's integer modes, which span 16 bits whatever the type that holds them."""
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > np.iinfo(np.uint16).max:
+        raise ValueError(f"An image of integers spans {low} to {high}: more than 16 bits cannot be read; scale it.")
+    return values.astype(np.uint16)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -186,6 +259,8 @@ def _to_eight_bits(array: np.ndarray) -> np.ndarray:
     The type tells the range, not the values: uint16 spans 16 bits, other integers 8. Floats span 0 to 1, over which
     resampling may shoot by a little, or 0 to 255 where they go beyond that.
     """
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"An array of {array.dtype} is no image: it must hold numbers.")
     if array.dtype == np.uint8:
         return array
     if array.dtype == bool:
@@ -193,7 +268,7 @@ def _to_eight_bits(array: np.ndarray) -> np.ndarray:
     low, high = float(array.min()), float(array.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("An image holds NaN or infinite values.")
-    if array.dtype == np.uint16:
+    if array.dtype.newbyteorder("=") == np.uint16:
         return np.rint(array / _SIXTEEN_TO_EIGHT_BITS).astype(np.uint8)
     if np.issubdtype(array.dtype, np.floating) and low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT:
         return np.rint(array.clip(0, 1) * 255).astype(np.uint8)
@@ -225,4 +300,4 @@ def _checked_size(size: Any, patch_size: int) -> dict[str, int]:
     return {name: int(edge) for name, edge in size.items()}
 
 
-__all__ = ["MoECLIPImageProcessor", "open_image", "to_rgb"]
+__all__ = ["FORMATS", "LARGEST_ASPECT_RATIO", "MoECLIPImageProcessor", "image_size", "open_image", "to_rgb"]

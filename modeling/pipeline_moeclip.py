@@ -2,6 +2,7 @@
 
 import base64
 import os
+from http.client import HTTPException
 from io import BytesIO
 from typing import Any
 from urllib.request import Request, urlopen
@@ -186,7 +187,7 @@ def _download(url: str, timeout: float | None) -> bytes:
     try:
         with urlopen(Request(url, headers={"User-Agent": _USER_AGENT}), timeout=timeout) as response:
             return response.read()
-    except (OSError, ValueError) as error:  # of the network, of the server, or of the URL itself
+    except (OSError, ValueError, HTTPException) as error:  # of the network, of the server, or of the URL itself
         raise ValueError(f"{url}: cannot be fetched ({error}).") from error
 
 

@@ -1,5 +1,6 @@
 """Processor of MoECLIP: images and class names in; maps, scores, verdicts and regions out."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -244,7 +245,7 @@ class MoECLIPProcessor(ProcessorMixin):
         threshold = self.image_threshold if threshold is None else threshold
         pixel_threshold = self.pixel_threshold if pixel_threshold is None else pixel_threshold
         results = []
-        for grid, score, (height, width) in zip(grids, scores.tolist(), target_sizes, strict=True):
+        for grid, score, (height, width) in zip(grids, read_scores(scores), target_sizes, strict=True):
             anomaly_map = upsample(grid.unsqueeze(0), (int(height), int(width)))[0]
             results.append(
                 {
@@ -275,6 +276,20 @@ def patch_maps(outputs: MoECLIPOutput, domain: str) -> tuple[torch.Tensor, torch
     if domain == "industrial":
         scores = (scores + outputs.logits_per_image.softmax(dim=1)[:, 1]) / 2
     return grids, scores
+
+
+def read_scores(scores: torch.Tensor) -> list[float]:
+    """
+    Scores (B,) as numbers.
+
+    Raises:
+        ValueError: for NaN, which holds for a map as well, as its maximum is in the score. No threshold is reached by
+            NaN, and the image would pass for normal.
+    """
+    numbers: list[float] = scores.tolist()
+    if any(map(math.isnan, numbers)):
+        raise ValueError("The model gives NaN: its weights hold NaN, or its type is too narrow for it; try float32.")
+    return numbers
 
 
 def smooth(grids: torch.Tensor, domain: str) -> torch.Tensor:
@@ -324,4 +339,13 @@ def _checked_domain(domain: str) -> str:
     return domain
 
 
-__all__ = ["MoECLIPProcessor", "blur_matrix", "compose_prompts", "find_regions", "patch_maps", "smooth", "upsample"]
+__all__ = [
+    "MoECLIPProcessor",
+    "blur_matrix",
+    "compose_prompts",
+    "find_regions",
+    "patch_maps",
+    "read_scores",
+    "smooth",
+    "upsample",
+]

@@ -17,10 +17,10 @@ from numpy.typing import ArrayLike
 
 from moeclip_hf.data import LABELS, Record, read_mask
 from moeclip_hf.data.records import to_dataset
-from moeclip_hf.errors import CheckpointError, MoECLIPError
+from moeclip_hf.errors import CheckpointError, MoECLIPError, UnreadableImageError
 from moeclip_hf.histogram import ScoreHistogram
 from moeclip_hf.pretrained import Pretrained
-from moeclip_hf.reading import read_ahead, read_row
+from moeclip_hf.reading import leave_undecoded, read_ahead, read_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -189,9 +189,14 @@ def score_for_calibration(
     scored = CalibrationScores()
     anchors = {name: pretrained.encode_class(name) for name in dict.fromkeys(rows["prompt_name"])}
 
+    stored = leave_undecoded(rows)
+
     def read(index: int) -> tuple[dict[str, Any], torch.Tensor]:
-        row = read_row(rows, index)
-        return row, processor(images=row["image"], return_tensors="pt")["pixel_values"]
+        row = read_row(stored, index)
+        try:
+            return row, processor(images=row["image"], return_tensors="pt")["pixel_values"]
+        except ValueError as error:  # a strip whose aspect ratio is to be kept
+            raise UnreadableImageError(f"{row['image_path']}: {error}") from error
 
     batch = []
     for done, item in enumerate(read_ahead(read, range(len(rows)), depth=2 * batch_size), start=1):

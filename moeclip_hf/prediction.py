@@ -1,9 +1,11 @@
 """Scores, verdicts and maps for image files, read ahead and computed in batches."""
 
 import glob
+import math
+import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,15 @@ import torch
 from PIL import Image
 
 from moeclip_hf.errors import MoECLIPError, UnreadableImageError
-from moeclip_hf.modeling.image_processing_moeclip import to_rgb
-from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor, find_regions, upsample
+from moeclip_hf.modeling.image_processing_moeclip import image_size, to_rgb
+from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor, find_regions, read_scores, upsample
 from moeclip_hf.pretrained import Detector
 from moeclip_hf.reading import read_ahead
 from moeclip_hf.tiling import Tiling, detect_in_tiles
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+# Of a batch of images, which with their maps take seven bytes a pixel; two more batches are being read meanwhile.
+_PIXELS_AT_ONCE = 1 << 25
 
 
 @dataclass
@@ -33,7 +37,7 @@ class Prediction:
         is_anomalous: whether the score reaches the threshold.
         anomaly_map: (H, W) of the image, 0 to 1, float32.
         regions: dicts with `box` ([left, top, right, bottom]), `area` and `score`.
-        error: why the file cannot be read.
+        error: why the file cannot be read, or the image not be scored.
     """
 
     path: Path
@@ -79,30 +83,42 @@ def find_images(sources: Iterable[str | Path], exclude: Path | None = None) -> l
     List image files.
 
     Args:
-        sources: files (taken whatever their suffix), folders (searched with all below them) and glob patterns.
+        sources: files (taken whatever their suffix), folders (searched with all below them, but for linked
+            folders) and glob patterns. A broken link is listed as well: whoever reads it is told.
         exclude (*optional*): a folder that results are written to. It is passed over; where it is a folder to be
             searched, or holds one, just the files named as results are.
 
     Raises:
-        MoECLIPError: for a folder or a pattern without images.
+        MoECLIPError: for a folder or a pattern without images, and for a folder that may not be searched.
     """
     found: dict[Path, None] = {}
     for source in map(str, sources):
         path = Path(source)
         if _is_folder(path):
-            files = sorted(
-                file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
-            )
+            files = _images_below(path)
             if exclude is not None:
-                files = [file for file in files if not _is_result(file, exclude.resolve(), path.resolve())]
+                results, searched = (Path(os.path.realpath(folder)) for folder in (exclude, path))
+                files = [file for file in files if not _is_result(file, results, searched)]
         elif glob.has_magic(source) and not Path(source).is_file():
-            files = sorted(Path(file) for file in glob.glob(source, recursive=True) if Path(file).is_file())
+            files = sorted(Path(file) for file in glob.glob(source, recursive=True) if not Path(file).is_dir())
         else:
             files = [path]
         if not files:
             raise MoECLIPError(f"{source}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
         found.update(dict.fromkeys(files))
     return list(found)
+
+
+def _images_below(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise MoECLIPError(f"{error.filename}: cannot be searched for images ({error.strerror}).")
+
+    return sorted(
+        Path(found) / name
+        for found, _, names in os.walk(folder, onerror=refuse)
+        for name in names
+        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    )
 
 
 def _is_folder(path: Path) -> bool:
@@ -113,7 +129,8 @@ def _is_folder(path: Path) -> bool:
 
 
 def _is_result(file: Path, results: Path, searched: Path) -> bool:
-    if results not in file.resolve().parents:
+    folder = file.parent.resolve()
+    if results != folder and results not in folder.parents:
         return False
     return searched in results.parents or file.stem.endswith(("_overlay", "_map"))
 
@@ -127,9 +144,8 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         return to_rgb(path)
-    except (ValueError, OSError, MemoryError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImageError(reason if str(path) in reason else f"{path}: {reason}") from error
+    except ValueError as error:
+        raise UnreadableImageError(str(error)) from error
 
 
 def predict(
@@ -145,7 +161,8 @@ def predict(
     """
     Score image files, one after the other and in order, while the next ones are being read.
 
-    A file that cannot be read yields a prediction with its `error`; the rest goes on.
+    A file that cannot be read, or scored, yields a prediction with its `error`; the rest goes on. What is held in
+    memory does not grow with the number of files, nor, beyond one image, with their size.
 
     Args:
         detector ([`Detector`]): such as from [`load_pretrained`].
@@ -158,22 +175,17 @@ def predict(
         tiling ([`Tiling`], *optional*): cut images into tiles, for those far larger than the model's input.
     """
     encoded_class = detector.encode_class(class_name)
-    images_at_once = 1 if tiling else batch_size
-    for batch in _batches(read_ahead(_read, paths, depth=2 * images_at_once), images_at_once):
-        readable = [prediction for prediction in batch if prediction.image is not None]
-        images = [prediction.image for prediction in readable if prediction.image is not None]
+    for batch in read_ahead(_read_batch, _batches(paths, 1 if tiling else batch_size), depth=2):
+        readable = [(prediction, prediction.image) for prediction in batch if prediction.image is not None]
         if tiling:
-            results = [
-                detect_in_tiles(detector, image, encoded_class, tiling, batch_size, threshold, pixel_threshold, size)
-                for image in images
-            ]
+            for prediction, image in readable:
+                with _errors_told_by(prediction):
+                    found = detect_in_tiles(
+                        detector, image, encoded_class, tiling, batch_size, threshold, pixel_threshold, size
+                    )
+                    _complete(prediction, found)
         else:
-            results = _detect(detector, images, encoded_class, threshold, pixel_threshold, size)
-        for prediction, result in zip(readable, results, strict=True):
-            prediction.score = result["score"]
-            prediction.is_anomalous = result["is_anomalous"]
-            prediction.anomaly_map = result["map"].cpu().numpy()
-            prediction.regions = result["regions"]
+            _detect(detector, readable, encoded_class, threshold, pixel_threshold, size)
         yield from batch
 
 
@@ -185,10 +197,16 @@ def detect(detector: Detector, image: Image.Image, encoded_class: torch.Tensor) 
         detector ([`Detector`]): such as from [`load_pretrained`].
         image: RGB, from [`read_image`].
         encoded_class (`torch.Tensor`): from [`Detector.encode_class`].
+
+    Raises:
+        MoECLIPError: where the model keeps aspect ratios and the image is too long a strip, or the score is NaN.
     """
-    pixel_values = detector.processor(images=image, return_tensors="pt")["pixel_values"]
-    grids, scores = detector.patch_maps(pixel_values, encoded_class)
-    return Detection(scores.item(), grids[0].float().cpu(), (image.height, image.width))
+    try:
+        pixel_values = detector.processor(images=image, return_tensors="pt")["pixel_values"]
+        grids, scores = detector.patch_maps(pixel_values, encoded_class)
+        return Detection(read_scores(scores)[0], grids[0].float().cpu(), (image.height, image.width))
+    except ValueError as error:
+        raise MoECLIPError(str(error)) from error
 
 
 def input_size(processor: MoECLIPProcessor, image_size: int | None, keep_aspect: bool) -> dict[str, int]:
@@ -213,26 +231,46 @@ def input_size(processor: MoECLIPProcessor, image_size: int | None, keep_aspect:
 
 def _detect(
     detector: Detector,
-    images: list[Image.Image],
+    readable: list[tuple[Prediction, Image.Image]],
     encoded_class: torch.Tensor,
     threshold: float | None,
     pixel_threshold: float | None,
     size: dict[str, int] | None,
-) -> list[dict[str, Any]]:
-    """Verdicts of whole images; those that keep unlike aspect ratios are computed apart."""
+) -> None:
+    """Complete the predictions of whole images; those that keep unlike aspect ratios are computed apart."""
     processor = detector.processor
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    pixels = processor(images=images, size=size)["pixel_values"] if images else []
-    for index, image_pixels in enumerate(pixels):
-        by_shape.setdefault(image_pixels.shape, []).append(index)
-    results: dict[int, dict[str, Any]] = {}
-    for indices in by_shape.values():
-        pixel_values = torch.from_numpy(np.stack([pixels[index] for index in indices]))
+    by_shape: dict[tuple[int, ...], list[tuple[Prediction, Image.Image, np.ndarray]]] = {}
+    for prediction, image in readable:
+        with _errors_told_by(prediction):
+            pixels = processor(images=image, size=size)["pixel_values"][0]
+            by_shape.setdefault(pixels.shape, []).append((prediction, image, pixels))
+    for alike in by_shape.values():
+        pixel_values = torch.from_numpy(np.stack([pixels for _, _, pixels in alike]))
         grids, scores = detector.patch_maps(pixel_values, encoded_class)
-        sizes = [(images[index].height, images[index].width) for index in indices]
-        found = processor.read_patch_maps(grids, scores, sizes, threshold, pixel_threshold)
-        results.update(zip(indices, found, strict=True))
-    return [results[index] for index in range(len(images))]
+        for place, (prediction, image, _) in enumerate(alike):
+            own, sizes = slice(place, place + 1), [(image.height, image.width)]
+            with _errors_told_by(prediction):
+                found = processor.read_patch_maps(grids[own], scores[own], sizes, threshold, pixel_threshold)
+                _complete(prediction, found[0])
+
+
+@contextmanager
+def _errors_told_by(prediction: Prediction) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        prediction.error = f"{prediction.path}: {error}"
+
+
+def _complete(prediction: Prediction, found: dict[str, Any]) -> None:
+    prediction.score = found["score"]
+    prediction.is_anomalous = found["is_anomalous"]
+    prediction.anomaly_map = found["map"].cpu().numpy()
+    prediction.regions = found["regions"]
+
+
+def _read_batch(paths: list[Path]) -> list[Prediction]:
+    return [_read(path) for path in paths]
 
 
 def _read(path: Path) -> Prediction:
@@ -242,7 +280,23 @@ def _read(path: Path) -> Prediction:
         return Prediction(path, error=str(error))
 
 
-def _batches(predictions: Iterable[Prediction], size: int) -> Iterator[list[Prediction]]:
-    remaining = iter(predictions)
-    while batch := list(islice(remaining, size)):
+def _batches(paths: Iterable[Path], size: int) -> Iterator[list[Path]]:
+    """Paths in order, `size` at once, or fewer where their images are large."""
+    batch: list[Path] = []
+    pixels = 0
+    for path in paths:
+        more = _count_pixels(path)
+        if batch and (len(batch) == size or pixels + more > _PIXELS_AT_ONCE):
+            yield batch
+            batch, pixels = [], 0
+        batch.append(path)
+        pixels += more
+    if batch:
         yield batch
+
+
+def _count_pixels(path: Path) -> int:
+    try:
+        return math.prod(image_size(path))
+    except ValueError:  # reading it says why
+        return 0

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import BytesIO
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moeclip_hf.errors import UnreadableImageError
-from moeclip_hf.modeling.image_processing_moeclip import to_rgb
+from moeclip_hf.modeling.image_processing_moeclip import open_image, to_rgb
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL import Image
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -42,20 +44,46 @@ def read_ahead(
                 future.cancel()
 
 
+def leave_undecoded(rows: Dataset) -> Dataset:
+    """
+    The same data set, whose images and masks come as they are stored, for [`read_row`] to open.
+
+    `datasets` would open a file of any kind, also those that PIL hands to programs of the system.
+    """
+    import datasets
+
+    for column in ("image", "mask"):
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows
+
+
 def read_row(rows: Dataset, index: int) -> dict[str, Any]:
     """
     Read one row of a data set (`moeclip_hf.data.Record`), its image upright and in RGB, its mask as it is.
 
+    Args:
+        rows: from [`leave_undecoded`].
+        index: of the row.
+
     Raises:
         UnreadableImageError: naming the image, where it or its mask cannot be read.
     """
+    row = rows[index]
+    name = row["image_path"]
     try:
-        row = rows[index]
-        return {**row, "image": to_rgb(row["image"])}
-    except (OSError, SyntaxError, ValueError, MemoryError) as error:
-        name = rows.select_columns(["image_path"])[index]["image_path"]
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImageError(f"{name}: it or its mask cannot be read: {reason}") from error
+        image = to_rgb(_open_stored(row["image"], name), name)
+        mask = row["mask"] and _open_stored(row["mask"], f"{name}, its mask")
+    except ValueError as error:
+        raise UnreadableImageError(str(error)) from error
+    return {**row, "image": image, "mask": mask}
 
 
-__all__ = ["read_ahead", "read_row"]
+def _open_stored(stored: dict[str, Any] | None, name: str) -> Image.Image:
+    """Open an image of a data set, which holds the bytes of its file or a path."""
+    if stored is None:
+        raise ValueError(f"{name}: the data set holds no image here.")
+    content = stored["bytes"]
+    return open_image(stored["path"] if content is None else BytesIO(content), name)
+
+
+__all__ = ["leave_undecoded", "read_ahead", "read_row"]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from moeclip_hf.errors import MoECLIPError
-from moeclip_hf.modeling.processing_moeclip import find_regions, upsample
+from moeclip_hf.modeling.processing_moeclip import find_regions, read_scores, upsample
 from moeclip_hf.pretrained import Detector
 
 _MAX_OVERLAP = 0.9
@@ -72,6 +72,9 @@ def detect_in_tiles(
     Returns:
         A dict as for a whole image: `score` (`float`, 0 to 1), `map` (`torch.Tensor` of shape (H, W), float32, on the
         CPU, 0 to 1), `is_anomalous` (`bool`) and `regions`.
+
+    Raises:
+        ValueError: where aspect ratios are kept and the tiles are too long a strip, or a score is NaN.
     """
     processor = detector.processor
     input_size = size or processor.image_processor.size
@@ -86,7 +89,7 @@ def detect_in_tiles(
         tiles = [image.crop((left, top, left + width, top + height)) for (top, _), (left, _) in batch]
         pixel_values = processor(images=tiles, size=input_size, return_tensors="pt")["pixel_values"]
         grids, scores = detector.patch_maps(pixel_values, encoded_class)
-        score = max(score, *scores.tolist())
+        score = max(score, *read_scores(scores))
         for ((top, row_weights), (left, column_weights)), grid in zip(batch, grids.cpu(), strict=True):
             tile = upsample(grid.unsqueeze(0), (height, width))[0].numpy()
             tile *= row_weights[:, np.newaxis]

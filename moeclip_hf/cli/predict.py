@@ -2,20 +2,22 @@
 
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeclip_hf.cli.messages import one_line
+
 if TYPE_CHECKING:
     from moeclip_hf.prediction import Prediction
     from moeclip_hf.pretrained import Detector
 
-# Overlays waiting to be written at most, so that memory does not grow with the number of images, nor with their size.
-_WRITES_AHEAD = 8
-_LARGE_WRITES_AHEAD = 1
+# Of the images whose overlays wait to be written, beside the one that is: so that memory grows neither with their
+# number nor with their size.
+_PIXELS_AHEAD = 1 << 23
 
 
 class MapFormat(str, Enum):
@@ -141,13 +143,12 @@ def predict(
     names = _output_names(paths)
     size = input_size(processor, image_size, keep_aspect)
     tiling = Tiling(tile_size, tile_overlap) if tile else None
-    writes_ahead = _LARGE_WRITES_AHEAD if tiling else _WRITES_AHEAD
     predictions = predict_files(
         detector, paths, class_name, batch_size, threshold, pixel_threshold, size=size, tiling=tiling
     )
 
     rows: list[dict[str, Any]] = []
-    pending: list[Any] = []
+    pending: list[tuple[Future[None], int]] = []
     unreadable = 0
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as writer:
         for prediction in track(
@@ -161,23 +162,25 @@ def predict(
                     "map": stem.with_name(f"{stem.name}_map.{maps.value}") if maps else None,
                 }
                 row |= {name: str(target) for name, target in targets.items() if target}
-                pending.append(writer.submit(_write, prediction, pixel_threshold, **targets))
-                while len(pending) > writes_ahead:
-                    pending.pop(0).result()
+                write = writer.submit(_write, prediction, pixel_threshold, **targets)
+                pending.append((write, row["width"] * row["height"]))
+                while len(pending) > 1 and sum(pixels for _, pixels in pending) > _PIXELS_AHEAD:
+                    pending.pop(0)[0].result()
             else:
                 unreadable += 1
-                typer.echo(f"moeclip: {_printable(prediction.error)}", err=True)
+                typer.echo(f"moeclip: {one_line(prediction.error)}", err=True)
             if as_json:
                 print(json.dumps(row), flush=True)
             else:
                 rows.append({key: row.get(key) for key in ("image", "score", "is_anomalous")})
-        for write in pending:
+        for write, _ in pending:
             write.result()
 
     if not as_json:
         _print_table(rows, threshold, class_name)
         if (overlays or maps) and unreadable < len(paths):
-            typer.echo(f"Written to {output_dir}{'' if output_dir.is_absolute() else ' (in this folder)'}")
+            where = "" if output_dir.is_absolute() else " (in this folder)"
+            typer.echo(f"Written to {one_line(str(output_dir))}{where}")
     if unreadable:
         raise typer.Exit(1)
 
@@ -250,11 +253,6 @@ def _write(prediction: "Prediction", pixel_threshold: float, overlay: Path | Non
         Image.fromarray(np.rint(prediction.anomaly_map * 65535).astype(np.uint16)).save(map)
 
 
-def _printable(text: str) -> str:
-    """File names can hold what no terminal prints."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").replace("\n", "\\n")
-
-
 def _print_table(rows: list[dict[str, Any]], threshold: float, class_name: str) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -268,5 +266,5 @@ def _print_table(rows: list[dict[str, Any]], threshold: float, class_name: str) 
         else:
             score = Text(f"{row['score']:.4f}")
             verdict = Text("anomalous", "bold red") if row["is_anomalous"] else Text("normal", "green")
-        table.add_row(Text(_printable(row["image"])), score, verdict)
+        table.add_row(Text(one_line(row["image"])), score, verdict)
     Console().print(table)

@@ -15,7 +15,7 @@ from moeclip_hf.errors import MoECLIPError
 from moeclip_hf.evaluation.results import EvaluationResult, Heat
 from moeclip_hf.modeling.processing_moeclip import upsample
 from moeclip_hf.plots import draw_captioned, draw_curves, outline_mask
-from moeclip_hf.reading import read_row
+from moeclip_hf.reading import leave_undecoded, read_row
 from moeclip_hf.visualization import draw_overlay, tile_pictures
 
 if TYPE_CHECKING:
@@ -58,10 +58,11 @@ def write_pictures(result: EvaluationResult, rows: Dataset, output_dir: Path) ->
     output_dir.mkdir(parents=True, exist_ok=True)
     curves = {group.group: group.curves for group in result.groups}
     draw_curves(curves, result.dataset).savefig(output_dir / f"{result.dataset}_curves.png", dpi=_DPI)
+    stored = leave_undecoded(rows)
     heats = [heat for group in result.groups for heat in group.heats]
     sheet = {
         heading: [
-            _captioned(heat, rows)
+            _captioned(heat, stored)
             for heat in sorted((heat for heat in heats if heat.label == label), key=order)[:_COLUMNS]
         ]
         for heading, (label, order) in _KINDS.items()

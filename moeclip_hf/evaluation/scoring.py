@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from moeclip_hf.data import read_mask
-from moeclip_hf.reading import read_ahead, read_row
+from moeclip_hf.reading import leave_undecoded, read_ahead, read_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -99,8 +99,10 @@ def score_batches(
         for name in dict.fromkeys(prompt_names[index] for batch in batches for index in batch.indices)
     }
 
+    stored = leave_undecoded(rows)
+
     def read(index: int) -> tuple[torch.Tensor, NDArray[np.bool_] | None]:
-        row = read_row(rows, index)
+        row = read_row(stored, index)
         edges = {"height": size[0], "width": size[1]}
         pixel_values = processor(images=row["image"], size=edges, return_tensors="pt")["pixel_values"]
         return pixel_values, _resized(read_mask(row), size)

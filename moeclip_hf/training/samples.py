@@ -16,6 +16,7 @@ from moeclip_hf.data.augmentation import apply_transforms, draw_transforms
 from moeclip_hf.data.records import read_mask
 from moeclip_hf.errors import DatasetError
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
+from moeclip_hf.reading import leave_undecoded, read_row
 
 if TYPE_CHECKING:
     import datasets
@@ -68,6 +69,7 @@ class TrainingSamples(Dataset[dict[str, Any]]):
     def __init__(self, rows: "datasets.Dataset", processor: MoECLIPProcessor, augment: bool = True, seed: int = 0):
         _check_rows(rows)
         self.rows = rows
+        self._stored = leave_undecoded(rows)
         self.image_processor = processor.image_processor
         self.augment = augment
         self.seed = seed
@@ -90,8 +92,11 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         Returns:
             `pixel_values` (3, H, W) float32, `masks` (H, W) uint8 of 0 and 1, and the integers `labels`, `class_index`
             and `sample_seeds`.
+
+        Raises:
+            UnreadableImageError: naming the image, where it or its mask cannot be read.
         """
-        row = self.rows[draw.row]
+        row = read_row(self._stored, draw.row)
         mask = read_mask(row)
         assert mask is not None  # checked by the constructor
         pixels = self.image_processor(row["image"], return_tensors="pt")["pixel_values"]
@@ -118,11 +123,23 @@ def derive_seed(*numbers: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _check_rows(rows: "datasets.Dataset") -> None:
+def refuse_streamed(rows: Any) -> None:
+    """
+    Refuse what has no rows to be drawn in any order.
+
+    Raises:
+        DatasetError: naming what it is instead.
+    """
     import datasets
 
     if not isinstance(rows, datasets.Dataset):
         raise DatasetError(f"training needs a datasets.Dataset that is not streamed, not {type(rows).__name__}.")
+
+
+def _check_rows(rows: "datasets.Dataset") -> None:
+    import datasets
+
+    refuse_streamed(rows)
     labels = rows["label"]
     if not sum(labels):
         raise DatasetError(f"there is no anomalous image among the {len(rows)} to train on.")
