@@ -68,11 +68,13 @@ def main() -> None:
 _show_others = warnings.showwarning
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
     if issubclass(category, MoECLIPWarning):
         _say(message)
     else:
-        _show_others(message, category, *where)
+        _show_others(message, category, filename, lineno, file, line)
 
 
 def _say(message: object) -> None:

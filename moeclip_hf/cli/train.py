@@ -64,6 +64,12 @@ def train(
     data_dir: Annotated[Path | None, typer.Option(help="Folder that holds a benchmark.")] = None,
     split: Annotated[str, typer.Option(help="Part of the data; the method trains on test images.")] = "test",
     classes: Annotated[str | None, typer.Option(help="Names, with commas.", show_default="all")] = None,
+    skip_unreadable: Annotated[
+        bool,
+        typer.Option(
+            "--skip-unreadable", help="Leave out images that cannot be read, or whose masks do not fit, and say so."
+        ),
+    ] = False,
     clip: Annotated[
         str, typer.Option(help="Plain CLIP, or a MoECLIP to go on from: folder, Hub id or embedded.")
     ] = "openai/clip-vit-large-patch14-336",
@@ -151,7 +157,8 @@ def train(
     model, processor = start_model(
         clip, chosen, seed, image_size, fresh, **{name: given[name] for name in _MODEL_SETTINGS & given.keys()}
     )
-    run_training(model, processor, rows, chosen, args, resume, dataset if is_hub_id(dataset) else None)
+    hub_id = dataset if is_hub_id(dataset) else None
+    run_training(model, processor, rows, chosen, args, resume, hub_id, skip_unreadable)
     if args.process_index == 0:
         typer.echo(f"Trained model written to {output_dir}; try: moeclip predict IMAGES --model {output_dir}")
 

@@ -82,8 +82,8 @@ def check_rows(
 ) -> list[tuple[int, Problem]]:
     """Read images and masks, and name those that are not fit to be trained on, with their rows, in order.
 
-    These are files that cannot be read, and anomalous images without a mask, with one of another size, or with one that
-    has no anomalous pixel.
+    These are files that cannot be read, and anomalous images without a mask, with one of another size, or with one
+    that has no anomalous pixel.
 
     Args:
         rows: from `load_data`.

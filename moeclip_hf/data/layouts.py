@@ -154,7 +154,7 @@ class VisaTable:
         """The images whose row has this split and a wanted object, sorted by class folder and path.
 
         Raises:
-            DatasetError: the table cannot be read, lacks a column or knows no such split; a label or path of it is none.
+            DatasetError: the table cannot be read, lacks a column or knows no such split; a label or path is none.
         """
         path = root / self.table
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -186,7 +186,8 @@ class VisaTable:
         image, mask = (path_within(root, row[column], where) if row[column] else None for column in ("image", "mask"))
         if image is None:
             raise DatasetError(f"{where}: names no image")
-        return Sample(row["object"], image, int(row["label"] == "anomaly"), mask if mask and os.path.isfile(mask) else None)
+        present = mask if mask and os.path.isfile(mask) else None
+        return Sample(row["object"], image, int(row["label"] == "anomaly"), present)
 
 
 def list_images(folder: Path) -> list[Path]:

@@ -1,15 +1,22 @@
 """A training run from a plain CLIP and a data set to a complete checkpoint."""
 
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
+from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, ProgressCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from moeclip_hf.errors import CheckpointError, MoECLIPError
+from moeclip_hf.data.check import Problem, check_rows
+from moeclip_hf.errors import CheckpointError, DatasetError, MoECLIPError, MoECLIPWarning, UnreadableImageError
 from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
 from moeclip_hf.modeling.image_processing_moeclip import MoECLIPImageProcessor
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
@@ -18,13 +25,17 @@ from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT
 from moeclip_hf.training.curves import draw_training_curves
 from moeclip_hf.training.monitor import ProgressBar
 from moeclip_hf.training.recipes import Recipe, apply_recipe, draw_experts
-from moeclip_hf.training.samples import TrainingSamples
+from moeclip_hf.training.samples import TrainingSamples, refuse_streamed
 from moeclip_hf.training.trainer import MoECLIPTrainer, own_weights
 
 if TYPE_CHECKING:
     import datasets
 
 CURVES_FILE = "training_curves.png"
+UNREADABLE_FILE = "unreadable.txt"
+"""File of a run's folder that lists the images it could not use, a line each."""
+
+_NAMED = 10
 
 
 def start_model(
@@ -143,9 +154,12 @@ def train(
     args: TrainingArguments,
     resume: bool = False,
     dataset: str | None = None,
+    skip_unreadable: bool = False,
 ) -> Path:
     """
     Train a model, and write it with its curves to the output folder.
+
+    Every image and mask is read before the first step: one that cannot be used is found then, not hours later.
 
     Args:
         model ([`MoECLIPModel`]), processor ([`MoECLIPProcessor`]): from [`start_model`].
@@ -154,19 +168,24 @@ def train(
         args (`TrainingArguments`): from [`training_arguments`].
         resume (`bool`): go on from the last checkpoint in the output folder, if there is one.
         dataset (`str`, *optional*): Hub id of the rows, for the model card; they know their names alone.
+        skip_unreadable (`bool`): leave out images that cannot be used, as [`check_rows`] tells, and say how many,
+            instead of refusing the data.
 
     Returns:
         The output folder, which `from_pretrained` now reads.
 
     Raises:
+        DatasetError: there are images that cannot be used; they are listed in the output folder's `unreadable.txt`.
+        UnreadableImageError: naming an image that cannot be read any more.
         MoECLIPError: the output folder holds checkpoints of a run that is not resumed; data or settings do not fit;
-            or a package is missing.
+            a package is missing; a process that reads images ends; or the disk is full.
     """
     _check_installed(["matplotlib", *(args.report_to or ())])
     output_dir = Path(str(args.output_dir))
     checkpoint = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
     if checkpoint and not resume:
         raise MoECLIPError(f"{output_dir} holds checkpoints of another run: resume it, or name another folder.")
+    rows = _usable_rows(rows, args, skip_unreadable)
     samples = TrainingSamples(rows, processor, recipe.augment, args.seed)
     trainer = MoECLIPTrainer(model, args, samples, processor, recipe, dataset)
     if trainer.pop_callback(ProgressCallback) is not None:
@@ -174,11 +193,63 @@ def train(
     if checkpoint and trainer.is_done(checkpoint):
         trainer.take_up(checkpoint)
     else:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with _readers_named():
+            trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
         draw_training_curves(trainer.state.log_history, output_dir / CURVES_FILE)
     return output_dir
+
+
+def _usable_rows(rows: "datasets.Dataset", args: TrainingArguments, skip_unreadable: bool) -> "datasets.Dataset":
+    """The rows without those that cannot be used; each process reads its share of them."""
+    refuse_streamed(rows)
+    is_main = args.process_index == 0
+    mine = range(args.process_index, len(rows), args.world_size)
+    with tqdm(total=len(mine), desc="reading images", disable=args.disable_tqdm or not is_main, leave=False) as bar:
+        found = check_rows(rows, mine, progress=lambda done, total: bar.update())
+    problems = sorted(gather_object(found), key=lambda problem: problem[0])
+    if not problems:
+        return rows
+    bad = {row for row, _ in problems}
+    listed = Path(str(args.output_dir), UNREADABLE_FILE)
+    if is_main:
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        listed.write_text("".join(f"{_line(problem)}\n" for _, problem in problems), encoding="utf-8")
+    named = "; ".join(_line(problem) for _, problem in problems[:_NAMED])
+    more = f"; and so on, see {listed}" if len(problems) > _NAMED else ""
+    if not skip_unreadable:
+        raise DatasetError(
+            f"{len(bad)} of {len(rows)} images cannot be trained on: {named}{more}. Mend them, or leave them out with "
+            "skip_unreadable."
+        )
+    if is_main:
+        text = f"{len(bad)} of {len(rows)} images are left out: {named}{more}"
+        warnings.warn(text, MoECLIPWarning, stacklevel=3)
+    return rows.select([row for row in range(len(rows)) if row not in bad])
+
+
+def _line(problem: Problem) -> str:
+    return f"{problem.path}: {problem.what}"
+
+
+@contextmanager
+def _readers_named() -> Iterator[None]:
+    """Have what ends a process that reads images told in a line."""
+    try:
+        yield
+    except UnreadableImageError as error:
+        # torch puts the traceback of the process into the message.
+        *_, reason = str(error).rstrip().split(f"{UnreadableImageError.__name__}: ")
+        raise UnreadableImageError(reason) from error
+    except RuntimeError as error:
+        if not re.search(r"DataLoader worker \(pid.*\) (is killed|exited)", str(error)):
+            raise
+        reason = " ".join(str(error).split())
+        raise MoECLIPError(
+            f"a process that reads images ended ({reason}): memory may be short; go on with fewer of them, or none "
+            "(--num-workers 0), and --resume."
+        ) from error
 
 
 def _check_installed(packages: list[str]) -> None:

@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerCallback, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
+from moeclip_hf.data.records import digest_rows
 from moeclip_hf.errors import CheckpointError, MoECLIPError
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 from moeclip_hf.modeling.moe_lora import load_variation
@@ -98,7 +99,11 @@ class MoECLIPTrainer(Trainer):
         if len(samples) < step_size:
             raise MoECLIPError(f"a step takes {step_size} images and there are {len(samples)}: lower the batch size.")
         self.recipe = recipe
-        self.settings = describe_recipe(recipe) | {"seed": args.seed, "images_per_step": step_size}
+        self.settings = describe_recipe(recipe) | {
+            "seed": args.seed,
+            "images": f"{len(samples)}, digest {digest_rows(samples.rows)[:12]}",
+            "images_per_step": step_size,
+        }
         base = model.name_or_path
         # For the model card. Not compared when a run is resumed, as folders may be moved meanwhile.
         self.provenance = {
@@ -201,7 +206,12 @@ class MoECLIPTrainer(Trainer):
 
     @contextmanager
     def _staged(self) -> Iterator[Path]:
-        """A new folder beside the results, for files that are moved to their places once all of them are written."""
+        """
+        A new folder beside the results, for files that are moved to their places once all of them are written.
+
+        Raises:
+            MoECLIPError: if they cannot be written, of which nothing is left then.
+        """
         staging = self.output_dir / _STAGING
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
@@ -210,10 +220,17 @@ class MoECLIPTrainer(Trainer):
         self._staging = staging
         try:
             yield staging
+        # A full disk is an error of torch's or of safetensors' own.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise MoECLIPError(
+                f"{self.output_dir}: step {self.state.global_step} cannot be saved ({reason}): see to the disk, then "
+                "resume from the checkpoint before."
+            ) from error
         finally:
             self._staging = None
-        if self.args.should_save:
-            shutil.rmtree(staging)
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save what a run goes on from. The folder takes its name last: one that is there is whole."""
@@ -224,7 +241,8 @@ class MoECLIPTrainer(Trainer):
                 (written,) = staging.iterdir()
                 _write_through(written)
                 target = self.output_dir / written.name
-                shutil.rmtree(target, ignore_errors=True)
+                if target.exists():
+                    os.replace(target, staging / "replaced")
                 os.replace(written, target)
                 _sync(self.output_dir)
         if self.args.should_save:
