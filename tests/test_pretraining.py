@@ -9,8 +9,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPModel
 
+from examples import captioned_textures
 from examples import pretrain_tiny_clip as pretraining
-from examples.pretrain_tiny_clip import Caption, CaptionedTextures, Collator, is_true, patch_shares, train_tokenizer
+from examples.captioned_textures import (
+    DAMAGED,
+    NORMAL,
+    SUBJECTS,
+    Caption,
+    CaptionedTextures,
+    is_true,
+    patch_shares,
+    render_pictures,
+)
+from examples.pretrain_tiny_clip import Collator, train_tokenizer
 from moeclip_hf.data.textures import DEFECTS, FAMILIES
 from moeclip_hf.data.textures.splits import (
     AUXILIARY_FAMILIES,
@@ -28,9 +39,18 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def samples():
-    textures = CaptionedTextures(1000, seed=3)
-    return [textures[index] for index in range(60)]
+def pictures(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(captioned_textures, "PICTURES_A_FAMILY", 1)
+        path = tmp_path_factory.mktemp("textures") / "pictures.npy"
+        render_pictures(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def samples(pictures):
+    textures = CaptionedTextures(pictures, 1000, seed=3)
+    return [textures[index] for index in range(80)]
 
 
 def test_splits_share_nothing_and_leave_nothing_out():
@@ -40,20 +60,20 @@ def test_splits_share_nothing_and_leave_nothing_out():
 
 
 def test_families_out_of_the_auxiliary_ones_are_never_shown_damaged(samples):
-    families = list(FAMILIES)
-    shown = {families[sample["shows"][0]] for sample in samples}
-    assert shown - set(AUXILIARY_FAMILIES) and shown & set(AUXILIARY_FAMILIES)
+    others = {SUBJECTS.index(name.replace("_", " ")) for name in VALIDATION_FAMILIES + TEST_FAMILIES}
+    shown = {sample["shows"][0] for sample in samples}
+    assert shown & others and shown - others
     for sample in samples:
-        if families[sample["shows"][0]] not in AUXILIARY_FAMILIES:
+        if sample["shows"][0] in others:
             assert sample["damage"].max() == 0
             assert not sample["has_mask"]
             assert sample["opposite"] is None
-            assert sample["caption"].state == pretraining.NORMAL
+            assert sample["caption"].state == NORMAL
 
 
 def test_captions_are_true_of_their_own_images_and_opposites_false(samples):
     damaged = [sample for sample in samples if sample["damage"].max() > 0]
-    assert 15 < len(damaged) < 45
+    assert 25 < len(damaged) < 60
     for sample in samples:
         assert is_true(sample["caption"], *sample["shows"])
         assert sample["opposite"] is None or not is_true(sample["opposite"], *sample["shows"])
@@ -61,18 +81,22 @@ def test_captions_are_true_of_their_own_images_and_opposites_false(samples):
 
 def test_a_caption_is_true_of_family_state_and_colour():
     crack, hole = 2 + SEEN_DEFECTS.index("crack"), 2 + SEEN_DEFECTS.index("hole")
-    assert is_true(Caption(1, pretraining.DAMAGED, None, ""), 1, crack, 0)
+    assert is_true(Caption(1, DAMAGED, None, ""), 1, crack, 0)
     assert not is_true(Caption(1, hole, None, ""), 1, crack, 0)
     assert not is_true(Caption(2, crack, None, ""), 1, crack, 0)
-    assert not is_true(Caption(1, pretraining.NORMAL, None, ""), 1, crack, 0)
+    assert not is_true(Caption(1, NORMAL, None, ""), 1, crack, 0)
     assert not is_true(Caption(1, crack, 4, ""), 1, crack, 5)
+    anything = SUBJECTS.index("object")
+    assert is_true(Caption(anything, crack, None, ""), 1, crack, 0)
+    assert not is_true(Caption(anything, NORMAL, None, ""), 1, crack, 0)
+    assert not is_true(Caption(1, crack, None, ""), anything, crack, 0)
 
 
-def test_a_sample_depends_on_seed_and_index_alone(samples):
-    again = CaptionedTextures(1000, seed=3)[17]
+def test_a_sample_depends_on_seed_and_index_alone(samples, pictures):
+    again = CaptionedTextures(pictures, 1000, seed=3)[17]
     assert np.array_equal(again["image"], samples[17]["image"])
     assert again["caption"] == samples[17]["caption"]
-    assert not np.array_equal(CaptionedTextures(1000, seed=4)[17]["image"], samples[17]["image"])
+    assert not np.array_equal(CaptionedTextures(pictures, 1000, seed=4)[17]["image"], samples[17]["image"])
 
 
 def test_patch_shares_are_means_over_patches():
@@ -113,12 +137,14 @@ def test_match_loss_is_cross_entropy_to_an_even_spread_over_what_matches():
     torch.testing.assert_close(loss, (first + second) / 2)
 
 
-def test_command_pretrains_goes_on_after_a_cut_and_writes_a_clip(tmp_path, monkeypatch):
+def test_command_pretrains_goes_on_after_a_cut_and_writes_a_clip(tmp_path, monkeypatch, pictures):
     def pretrain(output, *options):
+        (output / "pictures.npy").symlink_to(pictures)
         arguments = ["pretrain_tiny_clip", "--output-dir", str(output), "--batch-size", "4", "--save-steps", "2"]
         monkeypatch.setattr("sys.argv", [*arguments, *options])
         pretraining.main()
 
+    (tmp_path / "unbroken").mkdir()
     pretrain(tmp_path / "unbroken", "--max-steps", "4")
     cut = tmp_path / "cut" / "run"
     cut.mkdir(parents=True)

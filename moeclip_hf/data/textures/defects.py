@@ -1,7 +1,7 @@
 """Defects cut into a picture, with their exact masks.
 
 A defect takes a picture (H x W x 3, float32 RGB in [0, 1]) and returns the changed picture with the defect's support
-(H x W in [0, 1], how far it covers each pixel). Lengths are in 1/256 of the picture's shorter side.
+(H x W in [0, 1], how far it covers each pixel). Lengths are in units, 1/256 of the picture's shorter side.
 """
 
 from __future__ import annotations
@@ -35,20 +35,17 @@ class Picture:
     Attributes:
         pixels: H x W x 3.
         rng: decides everything random.
+        unit: what lengths are counted in, in pixels.
     """
 
     pixels: Array
     rng: np.random.Generator
+    unit: float
 
     @property
     def shape(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return self.pixels.shape[0], self.pixels.shape[1]
-
-    @property
-    def unit(self) -> float:
-        """1/256 of the shorter side, in pixels."""
-        return min(self.shape) / 256
 
     def uniform(self, low: float, high: float) -> float:
         """A random number in a range."""
@@ -88,7 +85,7 @@ class Picture:
 Defect = Callable[[Picture], tuple[Array, Array]]
 
 
-def add_defect(image: Array, kind: str, rng: np.random.Generator) -> tuple[Array, Array]:
+def add_defect(image: Array, kind: str, rng: np.random.Generator, unit: float | None = None) -> tuple[Array, Array]:
     """Cut a defect of a kind into a picture.
 
     The mask holds every pixel that the defect covers, and every pixel where any channel changed by more than
@@ -98,6 +95,8 @@ def add_defect(image: Array, kind: str, rng: np.random.Generator) -> tuple[Array
         image: H x W x 3, uint8 RGB, at least 32 pixels a side; it stays as it is.
         kind: one of `DEFECTS`.
         rng: decides everything random.
+        unit: what lengths are counted in, in pixels; 1/256 of the shorter side by default. A crop of a larger picture
+            takes that of the picture.
 
     Returns:
         the picture with the defect (H x W x 3, uint8) and its mask (H x W, boolean).
@@ -113,7 +112,7 @@ def add_defect(image: Array, kind: str, rng: np.random.Generator) -> tuple[Array
             f"a defect needs an uint8 array H x W x 3 of at least {_MIN_SIDE} pixels a side, not {image.dtype} "
             f"of shape {image.shape}"
         )
-    picture = Picture(image.astype(np.float32) / 255, rng)
+    picture = Picture(image.astype(np.float32) / 255, rng, unit or min(image.shape[:2]) / 256)
     best: tuple[float, Array, Array] | None = None
     for _ in range(_TRIES):
         pixels, support = DEFECTS[kind](picture)
