@@ -9,6 +9,7 @@ import base64
 import ipaddress
 import math
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
@@ -28,7 +29,8 @@ MAX_NAME_LENGTH = 500
 
 _TASK: Any = "zero-shot-anomaly-detection"
 _PARAMETERS = ("class_name", "threshold", "pixel_threshold", "return_heatmap")
-_TIMEOUT = 10
+_TIMEOUT = 10  # seconds
+_PART = 1 << 16
 _BATCH_SIZE = 4
 
 
@@ -53,9 +55,10 @@ class EndpointHandler:
                 `threshold` and `pixel_threshold` (0 to 1; by default those of the checkpoint), `return_heatmap`.
 
         Returns:
-            A dict for an image, a list of them for a list: `score` (0 to 1), `is_anomalous`, `regions` (dicts with
-            `box` [left, top, right, bottom], `area` and `score`), `width`, `height` and, with `return_heatmap`,
-            `heatmap`, a grey PNG of the image's size in base64.
+            A dict for an image, a list of them for a list: `class_name` (as it was read: cut where it is too long for
+            the model), `score` (0 to 1), `is_anomalous`, `regions` (dicts with `box` [left, top, right, bottom],
+            `area` and `score`), `width`, `height` and, with `return_heatmap`, `heatmap`, a grey PNG of the image's
+            size in base64.
 
         Raises:
             ValueError: for a request that cannot be answered.
@@ -69,7 +72,8 @@ class EndpointHandler:
         images = [read_image(image) for image in given]
         # Of an iterator the pipeline makes one: maps are let go of one by one, large ones among them.
         results = self.detect((image for image in images), batch_size=_BATCH_SIZE, **parameters)
-        answers = [_answer(result, with_heatmap) for result in results]
+        read_as = self.detect.processor.fit_class_name(parameters.get("class_name", "object"))
+        answers = [{"class_name": read_as, **_answer(result, with_heatmap)} for result in results]
         return answers if isinstance(inputs, list) else answers[0]
 
 
@@ -126,9 +130,19 @@ def _download(url: str) -> bytes:
         _refuse_private(url)
         opener = build_opener(_CheckedRedirects)
         with opener.open(Request(url, headers={"User-Agent": "moeclip-hf"}), timeout=_TIMEOUT) as response:
-            return response.read(MAX_BYTES + 1)
+            return _read_in_time(response)
     except (OSError, ValueError, HTTPException) as error:
         raise ValueError(f"{url[:200]}: cannot be fetched ({error}).") from None
+
+
+def _read_in_time(response: Any) -> bytes:
+    """Read what is taken of an answer; a server may send its bytes so slowly that none of them is late."""
+    content, end = bytearray(), time.monotonic() + _TIMEOUT
+    while len(content) <= MAX_BYTES and (part := response.read1(_PART)):
+        content += part
+        if time.monotonic() > end:
+            raise OSError(f"it takes longer than {_TIMEOUT} seconds")
+    return bytes(content)
 
 
 class _CheckedRedirects(HTTPRedirectHandler):

@@ -137,26 +137,39 @@ class MoECLIPProcessor(ProcessorMixin):
                 raise ValueError(f"A class name is a printable text, not {name!r}.")
             if not name.strip():
                 raise ValueError('A class name is empty: use "object" when none is known.')
-            for is_abnormal, prompts in enumerate(compose_prompts(self._fitting_name(name.strip()))):
+            if self.tokenizer.bos_token in name or self.tokenizer.eos_token in name:
+                raise ValueError(
+                    f"A class name cannot hold marks of a sentence's begin or end, as {name[:60]!r} does."
+                )
+            fitting = self.fit_class_name(name)
+            if fitting != name.strip():
+                logger.warning(f"The class name {name[:60]!r}... is too long for the text tower; read as {fitting!r}.")
+            for is_abnormal, prompts in enumerate(compose_prompts(fitting)):
                 sentences += prompts
                 groups += [2 * index + is_abnormal] * len(prompts)
         encoded = self.tokenizer(sentences, padding=padding)
         return {**{key: encoded[key] for key in ("input_ids", "attention_mask")}, "prompt_groups": groups}
 
-    def _fitting_name(self, name: str) -> str:
-        """Cut a class name to the length at which its longest sentence still fits the text tower."""
-        fitting = name
+    def fit_class_name(self, name: str) -> str:
+        """
+        Cut a class name to the length at which its longest sentence still fits the text tower.
+
+        Args:
+            name (`str`): with or without spaces around it.
+
+        Raises:
+            ValueError: where not even a part of it fits.
+        """
+        fitting = name = name.strip()
         # Once more where a word that was cut falls into more pieces than it was part of.
         while (excess := self._excess_tokens(fitting)) > 0:
-            encoded = self.tokenizer(fitting, add_special_tokens=False, return_offsets_mapping=True)
+            encoded = self.tokenizer(fitting, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ends = [end for _, end in encoded["offset_mapping"]]
             fitting = fitting[: min(ends[-excess - 1], len(fitting) - 1)].rstrip() if excess < len(ends) else ""
             if not fitting:
                 raise ValueError(
                     f"No class name fits sentences of {self.tokenizer.model_max_length} tokens: {name[:60]!r}."
                 )
-        if fitting != name:
-            logger.warning(f"The class name {name[:60]!r}... is too long for the text tower; read as {fitting!r}.")
         return fitting
 
     def _excess_tokens(self, name: str) -> int:

@@ -146,7 +146,7 @@ def unreadable(tmp_path_factory) -> dict[str, Path]:
 
 
 REASONS = {
-    "text": "text.png: cannot be read as an image (BMP, GIF, JPEG, PNG, TIFF or WEBP)",
+    "text": "text.png: cannot be read as an image (BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF or WEBP)",
     "empty": "empty.png: cannot be read as an image",
     "cut": "cut.png: cannot be read as an image",
     "program": "program.png: cannot be read as an image",

@@ -15,15 +15,12 @@ from PIL import Image
 
 from moeclip_hf.errors import MoECLIPError, UnreadableImageError
 from moeclip_hf.explanation import explain
+from moeclip_hf.modeling.image_processing_moeclip import FORMATS, LARGEST_ASPECT_RATIO
 from moeclip_hf.prediction import Detection, detect, read_image
 from moeclip_hf.pretrained import Pretrained, load_pretrained
 from moeclip_hf.reading import read_ahead
 from moeclip_hf.visualization import draw_attributions, draw_overlay, draw_routing
 
-# What PIL decodes by itself. Others reach for programs of the system, such as Ghostscript, with a stranger's file.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-# Where models keep aspect ratios, a strip a pixel wide would become an input of millions of patches.
-LARGEST_ASPECT_RATIO = 8
 # Pixels of the longer side of pictures that are shown, not of what is scored.
 SHOWN_EDGE = 1024
 LONGEST_CLASS_NAME = 100  # characters; it takes time to cut a longer one down to what the text tower reads
@@ -54,7 +51,7 @@ class Inspection:
     Args:
         path: of the file.
         picture: RGB, its longer side `SHOWN_EDGE` pixels at most.
-        class_name, model: it was scored with.
+        class_name, model: it was scored with; a name too long for the model is cut to what was read of it.
         detection: of the image at its full size.
     """
 
@@ -139,7 +136,7 @@ class Inspector:
             MoECLIPError: for a class name that is none, or too long.
         """
         pretrained = self._pretrained(model.name)
-        anchors = _anchors(pretrained, class_name)
+        class_name, anchors = self._encode_class(pretrained, class_name)
         image = read_upload(path, self.max_megapixels)
         with self._model_in_use:
             detection = detect(pretrained, image, anchors)
@@ -169,7 +166,7 @@ class Inspector:
             MoECLIPError: for a class name that is none, or too long.
         """
         pretrained = self._pretrained(model.name)
-        anchors = _anchors(pretrained, class_name)
+        class_name, anchors = self._encode_class(pretrained, class_name)
 
         def read(path: Path) -> tuple[Path, Image.Image | UnreadableImageError]:
             try:
@@ -192,14 +189,16 @@ class Inspector:
             self._last = self._load(name)
         return self._last[1]
 
+    def _encode_class(self, pretrained: Pretrained, class_name: str) -> tuple[str, torch.Tensor]:
+        """The name as it is read, which may be cut, for people to see, and its anchors."""
+        if len(class_name) > LONGEST_CLASS_NAME:
+            raise MoECLIPError(f"a class name has {LONGEST_CLASS_NAME} characters at most, not {len(class_name)}")
+        with self._model_in_use:  # the tokenizer, too, does one thing at a time, or raises "Already borrowed"
+            anchors = pretrained.encode_class(class_name)
+            return pretrained.processor.fit_class_name(class_name), anchors
+
     def _load(self, name: str) -> tuple[str, Pretrained]:
         return name, load_pretrained(None if name == EMBEDDED else name, self.device)
-
-
-def _anchors(pretrained: Pretrained, class_name: str) -> torch.Tensor:
-    if len(class_name) > LONGEST_CLASS_NAME:
-        raise MoECLIPError(f"a class name has {LONGEST_CLASS_NAME} characters at most, not {len(class_name)}")
-    return pretrained.encode_class(class_name)
 
 
 def _describe(name: str, pretrained: Pretrained) -> ModelChoice:
