@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-browser quality bench clean
+.PHONY: help demo test test-slow test-browser quality bench checkpoint clean
 
 help:
 	@echo "make demo      heat maps of photographs and textures with the embedded checkpoint, under outputs/demo"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-browser  the tests of the page in Chromium (apt-get install chromium)"
 	@echo "make quality   ruff and mypy"
 	@echo "make bench     the benchmarks"
+	@echo "make checkpoint  the embedded checkpoint from nothing, under outputs/checkpoint, in an hour and a half"
 
 # torch comes first and alone: the exact version finds a CPU build where there is one.
 $(READY): setup.cfg pyproject.toml constraints.txt
@@ -46,6 +47,9 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.preprocessing
 	$(BIN)/python -m benchmarks.training_step
 	$(BIN)/python -m benchmarks.export
+
+checkpoint: $(READY)
+	$(BIN)/python -m examples.make_checkpoint --output-dir outputs/checkpoint
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info outputs

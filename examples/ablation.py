@@ -30,10 +30,10 @@ from rich.table import Column, Table
 from torch import nn
 from transformers.utils import logging
 
-from benchmarks.experts import SEEN, UNSEEN
 from moeclip_hf import MoECLIPConfig, MoECLIPModel
 from moeclip_hf.data import ABLATION, ABLATION_BENCHMARKS, EXPERT_SIMILARITY, load_data
 from moeclip_hf.data.textures import write_texture_benchmark
+from moeclip_hf.data.textures.splits import AUXILIARY_FAMILIES, SEEN_DEFECTS, TEST_FAMILIES
 from moeclip_hf.errors import CheckpointError, MoECLIPError
 from moeclip_hf.evaluation import evaluate
 from moeclip_hf.evaluation.protocol import provenance
@@ -62,6 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-etf": {"etf_loss_coef": 0.0},
     "no-fofs-no-etf": {"use_fofs": False, "etf_loss_coef": 0.0},
     "no-paa": {"aggregation_sizes": [1]},
+    "no-depthwise": {"depthwise": False},
 }
 SWEEPS = {"K": "num_experts", "k": "num_experts_per_tok", "r": "lora_rank"}
 DEFAULT_VARIANTS = (*VARIANTS, "K=1", "K=2", "K=4", "K=8")
@@ -73,10 +74,11 @@ PAPER_ROWS = {
     "no-etf": ("without ETF", "with FOFS"),
     "no-fofs-no-etf": ("without FOFS and ETF", "plain mixture"),
     "no-paa": ("without PAA", None),
+    "no-depthwise": ("without depth-wise adapter", None),
 }
 
 TEXTURE_SIZE = 256
-SEEN_TEXTURES, UNSEEN_TEXTURES = "textures of 14 families", "textures of 10 other families"
+TRAIN_TEXTURES, TEST_TEXTURES = "auxiliary textures", "test textures"
 
 COSINE = "expert_cosine"
 FIGURES = {name: METRICS[name] for name in ("image_auroc", "pixel_auroc", "pixel_ap", "pixel_aupro")}
@@ -117,6 +119,7 @@ class Run:
         model: fields of `MoECLIPConfig`.
         steps: of training; the recipe's epochs if `None`.
         seed: of everything random.
+        depthwise: whether patches are mixed with their neighbours for the image embedding.
     """
 
     clip: str
@@ -126,14 +129,22 @@ class Run:
     model: dict[str, Any]
     steps: int | None
     seed: int
+    depthwise: bool = True
 
     @classmethod
     def of(cls, variant: str, seed: int, args: argparse.Namespace) -> "Run":
         """The run of a variant and a seed under the settings of the command line."""
         model = FULL | changes_of(variant)
-        given = {"batch_size": args.batch_size, "etf_loss_coef": model.pop("etf_loss_coef", None)}
+        given = {
+            "batch_size": args.batch_size,
+            "learning_rate": args.learning_rate,
+            "expert_learning_rate": args.learning_rate,
+            "halve_at": None if args.halve_at is None else tuple(args.halve_at),
+            "etf_loss_coef": model.pop("etf_loss_coef", None),
+        }
+        depthwise = model.pop("depthwise", True)
         recipe = get_recipe(args.recipe, **{name: value for name, value in given.items() if value is not None})
-        return cls(args.clip, args.train_dir, tuple(args.test_dir), recipe, model, args.steps, seed)
+        return cls(args.clip, args.train_dir, tuple(args.test_dir), recipe, model, args.steps, seed, depthwise)
 
     @property
     def key(self) -> str:
@@ -194,10 +205,20 @@ def watched_cosines(model: MoECLIPModel) -> Iterator[dict[int, list[float]]]:
         yield cosines
 
 
+def leave_out_depthwise_convolution(model: MoECLIPModel) -> None:
+    """Make the depth-wise convolution of the image embedding the identity, and keep it so in training."""
+    kernels = model.depthwise_adapter.depthwise.weight
+    with torch.no_grad():
+        nn.init.dirac_(kernels, groups=len(kernels))
+    kernels.register_hook(torch.zeros_like)
+
+
 def execute(run: Run, train_rows: Any, test_rows: Sequence[Any], folder: Path) -> dict[str, Any]:
     """Train a model, or go on with what `folder` holds of it, and evaluate it; figures from 0 to 1, cosines to -1."""
     if not (folder / "config.json").exists():  # written last: with it the model is whole
         model, processor = start_model(run.clip, run.recipe, run.seed, fresh=True, **run.model)
+        if not run.depthwise:
+            leave_out_depthwise_convolution(model)
         args = training_arguments(
             folder, run.recipe, max_steps=run.steps or -1, seed=run.seed, save_total_limit=1, disable_tqdm=False
         )
@@ -374,13 +395,17 @@ def _draw_bars(
 
 def render_textures(folder: Path) -> dict[str, Path]:
     """Textures to train on, and others of families that are not among them, rendered once; their folders by name."""
-    rendered = {SEEN_TEXTURES: folder / "seen", UNSEEN_TEXTURES: folder / "unseen"}
-    for seed, (target, families) in enumerate(zip(rendered.values(), (SEEN, UNSEEN), strict=True)):
+    rendered = {TRAIN_TEXTURES: folder / "auxiliary", TEST_TEXTURES: folder / "test"}
+    for seed, (target, families) in enumerate(
+        zip(rendered.values(), (AUXILIARY_FAMILIES, TEST_FAMILIES), strict=True)
+    ):
         if not target.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as unfinished:
                 whole = Path(unfinished, target.name)
-                write_texture_benchmark(whole, families, normal=11, anomalous=22, size=TEXTURE_SIZE, seed=seed)
+                write_texture_benchmark(
+                    whole, families, SEEN_DEFECTS, normal=18, anomalous=36, size=TEXTURE_SIZE, seed=seed
+                )
                 whole.rename(target)
     return rendered
 
@@ -402,7 +427,7 @@ def ablate(args: argparse.Namespace) -> None:
     runs = {variant: [Run.of(variant, seed, args) for seed in args.seeds] for variant in variants}
     check_runs({variant: of_variant[0] for variant, of_variant in runs.items()})
     sources = [args.train_dir, *args.test_dir]
-    rendered = render_textures(args.output_dir / "textures") if {SEEN_TEXTURES, UNSEEN_TEXTURES} & {*sources} else {}
+    rendered = render_textures(args.output_dir / "textures") if {TRAIN_TEXTURES, TEST_TEXTURES} & {*sources} else {}
     train_rows, *test_rows = (load_data(rendered.get(source, source), args.data_dir) for source in sources)
     done = read_done(args.output_dir / "runs.jsonl")
 
@@ -429,10 +454,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = "folder, benchmark, index file or Hub data set"
     parser.add_argument("--clip", required=True, help="CLIP, or a MoECLIP for its CLIP: folder, Hub id or embedded")
-    parser.add_argument("--train-dir", metavar="DATA", default=SEEN_TEXTURES,
+    parser.add_argument("--train-dir", metavar="DATA", default=TRAIN_TEXTURES,
                         help=f"{data}, with masks; %(default)s, rendered, by default")  # fmt: skip
-    parser.add_argument("--test-dir", metavar="DATA", nargs="+", default=[UNSEEN_TEXTURES],
-                        help=f"{data}; figures are means over all of them; {UNSEEN_TEXTURES} by default")  # fmt: skip
+    parser.add_argument("--test-dir", metavar="DATA", nargs="+", default=[TEST_TEXTURES],
+                        help=f"{data}; figures are means over all of them; {TEST_TEXTURES} by default")  # fmt: skip
     parser.add_argument("--data-dir", type=Path, help="folder that holds the benchmarks that are named")
     variants = f"{', '.join(VARIANTS)}, K=1,2,8, k=1, r=4; the picture compares with the first"
     parser.add_argument("--variants", nargs="+", type=variant_names, default=[list(DEFAULT_VARIANTS)],
@@ -440,6 +465,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="of every training; the recipe's epochs by default")
     parser.add_argument("--batch-size", type=int, help="the recipe's by default")
+    parser.add_argument("--learning-rate", type=float, help="of everything; the recipe's by default")
+    parser.add_argument("--halve-at", type=int, nargs="+", metavar="STEP", help="the recipe's steps by default")
     parser.add_argument("--recipe", choices=RECIPES, default="paper")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/ablation"))
     args = parser.parse_args()

@@ -22,7 +22,7 @@ from moeclip_hf.errors import DatasetError
 OTHER_FAMILIES = tuple(name for name in FAMILIES if name not in AUXILIARY_FAMILIES)
 IMAGE_SIZE, PATCH_SIZE = 112, 8
 PICTURE_SIZE, PICTURES_A_FAMILY = 256, 64
-SCALES = (0.5, 1.25)  # of a crop, over the picture that it is taken from
+SCALES = (0.44, 1.0)  # of a crop, over the picture that it is taken from
 SUBJECTS = (*(name.replace("_", " ") for name in FAMILIES), "object", "surface", "texture")  # the last three fit all
 NORMAL, DAMAGED = 0, 1  # states that a caption tells; from 2 on, the kinds of `SEEN_DEFECTS`
 NORMAL_PHRASES = ("{}", "a {}", "the {}")
@@ -34,7 +34,7 @@ COLOURS = {
     "beige": (200, 180, 145), "yellow": (210, 195, 75), "green": (75, 125, 65), "blue": (60, 95, 160),
     "purple": (120, 70, 140), "pink": (215, 150, 165), "teal": (65, 140, 140),
 }  # fmt: skip
-AUXILIARY_SHARE, COMPOSITE_SHARE, DAMAGED_SHARE = 0.85, 0.4, 0.6
+AUXILIARY_SHARE, COMPOSITE_SHARE, DAMAGED_SHARE = 0.85, 0.35, 0.6
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Pretrain a tiny CLIP on rendered textures with captions, for the embedded checkpoint to start from.
 
-    python -m examples.pretrain_tiny_clip --output-dir outputs/tiny-clip [--max-steps 5000] [--batch-size 32]
+    python -m examples.pretrain_tiny_clip --output-dir outputs/tiny-clip [--max-steps 12000] [--batch-size 16]
 
 The towers are transformers' `CLIPModel` at a hundredth of the size, trained from nothing: images against captions, and
 two kinds of extra signal, since a CLIP of this size sees a hundred thousand images where the real one saw hundreds of
@@ -13,6 +13,7 @@ the real one is. A run that is cut off goes on where it was when the command is 
 
 import argparse
 import gzip
+import math
 import re
 from collections import Counter
 from collections.abc import Collection
@@ -61,6 +62,7 @@ from moeclip_hf.data.textures.splits import SEEN_DEFECTS
 TEXT_LENGTH = 32
 NUM_BYTE_TOKENS = 512  # each byte, within a word and at its end
 DENSE_WEIGHT, DAMAGE_WEIGHT, DICE_WEIGHT = 20.0, 5.0, 0.2  # without them little of the masks is learned in an hour
+MUON_SPEED, WEIGHT_DECAY = 2.0, 0.05
 TAPS = (4, 6, 8)  # blocks, counted from 1, whose patches the linear heads read
 
 
@@ -105,8 +107,39 @@ def tiny_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
         pad_token_id=tokenizer.pad_token_id,
     )
     vision = CLIPVisionConfig(**sizes, num_hidden_layers=8, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE)
-    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128)
-    return CLIPModel(config)
+    clip = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128))
+    with torch.no_grad():
+        clip.vision_model.embeddings.patch_embedding.weight.copy_(cosine_filters())
+        clip.vision_model.embeddings.position_embedding.weight[1:] = sine_positions(vision.hidden_size)
+    return clip
+
+
+def cosine_filters() -> torch.Tensor:
+    """
+    Filters (128, 3, P, P) that patches start with, of which a tiny CLIP has too few images to find good ones: those of
+    the discrete cosine transform, all 64 of the brightness and 32 of each of two colour differences, finer ones and
+    colours amplified as much as they are weaker in pictures.
+    """
+    steps = torch.arange(PATCH_SIZE)
+    waves = torch.cos(torch.pi * (steps + 0.5) * steps[:, None] / PATCH_SIZE) * (2 / PATCH_SIZE) ** 0.5
+    waves[0] /= 2**0.5
+    by_frequency = sorted((math.hypot(u, v), u, v) for u in range(PATCH_SIZE) for v in range(PATCH_SIZE))
+    filters = []
+    for channels, count, gain in (((1, 1, 1), 64, 1), ((1, -1, 0), 32, 2), ((1, 1, -2), 32, 2)):
+        unit = F.normalize(torch.tensor(channels, dtype=torch.float32), dim=0)
+        for frequency, u, v in by_frequency[:count]:
+            pattern = torch.outer(waves[u], waves[v])
+            filters.append(gain * (1 + frequency) / PATCH_SIZE * unit[:, None, None] * pattern)
+    return torch.stack(filters)
+
+
+def sine_positions(width: int) -> torch.Tensor:
+    """Position embeddings (patches, width) to start with: sines and cosines of row and column."""
+    grid, count = IMAGE_SIZE // PATCH_SIZE, width // 4
+    angles = torch.arange(grid)[:, None] / 100 ** (torch.arange(count) / count)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows, columns = waves[:, None].expand(grid, grid, -1), waves[None].expand(grid, grid, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
 @dataclass
@@ -183,10 +216,48 @@ class PretrainingModel(nn.Module):
         return cross_entropy + DICE_WEIGHT * (1 - overlap).mean()
 
 
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for some matrices and AdamW for all other parameters, as one optimizer."""
+
+    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], learning_rate: float):
+        # Muon's steps are scaled to be as long as AdamW's, and may be some times longer.
+        muon = torch.optim.Muon(
+            matrices, lr=MUON_SPEED * learning_rate, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
+        )
+        adamw = torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
+        super().__init__([*matrices, *others], {})
+        self.parts = (muon, adamw)
+        self.share_groups()
+
+    def share_groups(self) -> None:
+        """Let a schedule reach the groups of both."""
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.share_groups()
+
+
 class PretrainingTrainer(Trainer):
-    """A trainer that takes samples as they come, since their order is random already, and logs the loss's parts."""
+    """A trainer with Muon that takes samples as they come, in random order already, and logs the loss's parts."""
 
     parts: dict[str, list[torch.Tensor]] = {}
+
+    def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            named = dict(self.model.named_parameters())
+            matrices = {name: weight for name, weight in named.items() if ".layers." in name and weight.ndim == 2}
+            others = [weight for name, weight in named.items() if name not in matrices]
+            self.optimizer = MuonWithAdamW(list(matrices.values()), others, self.args.learning_rate)
+        return self.optimizer
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -207,10 +278,10 @@ class PretrainingTrainer(Trainer):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/tiny-clip"))
-    parser.add_argument("--max-steps", type=int, default=5000)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--max-steps", type=int, default=12000)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--save-steps", type=int, default=250)
+    parser.add_argument("--save-steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -230,8 +301,6 @@ def main() -> None:
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=args.max_steps // 20,
-            weight_decay=0.05,
-            adam_beta2=0.98,
             max_grad_norm=1.0,
             dataloader_num_workers=1,
             remove_unused_columns=False,

@@ -37,12 +37,25 @@ def finished(tmp_path_factory, tokenizer):
         return model, processor
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablation, "SEEN", ("leather",))
-        patch.setattr(ablation, "UNSEEN", ("marble",))
+        patch.setattr(ablation, "AUXILIARY_FAMILIES", ("leather",))
+        patch.setattr(ablation, "TEST_FAMILIES", ("straw",))
         patch.setattr(ablation, "TEXTURE_SIZE", 40)
         patch.setattr(ablation, "start_model", start)
         call(patch, *options, "--variants", "full", "no-fofs-no-etf")
     return options, folder / "out", trained
+
+
+def test_without_depthwise_convolution_each_patch_is_projected_alone(tokenizer, tmp_path):
+    clip = write_plain_clip(tmp_path / "clip", tokenizer)
+    model, _ = start_model(clip, get_recipe("paper"))
+    ablation.leave_out_depthwise_convolution(model)
+    adapter = model.freeze_backbone().depthwise_adapter
+    patches = torch.randn(2, 9, model.config.vision_config.hidden_size)
+    alone = torch.cat([adapter(patch) for patch in patches.split(1, dim=1)]).view(9, 2, -1).mean(dim=0)
+    torch.testing.assert_close(adapter(patches), alone)
+    adapter(patches).sum().backward()
+    assert not adapter.depthwise.weight.grad.any()
+    assert adapter.pointwise.weight.grad.any()
 
 
 def read_lines(folder):

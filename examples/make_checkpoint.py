@@ -1,0 +1,178 @@
+"""Make the embedded checkpoint from nothing: pretrain, adapt, calibrate, evaluate, and write its card.
+
+    python -m examples.make_checkpoint [--output-dir outputs/checkpoint] [--install]
+
+Every part is a command that a reader can run alone; they are printed as they run. A part whose result is there is
+passed over, and one that was cut off goes on. What the card reports was used for no choice: test families, unseen
+kinds of defect, and photographs. `--install` puts the result in the place of the checkpoint that comes with the
+package.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from skimage import data
+
+from benchmarks.experts import score_plain_clip
+from examples.checkpoint_card import Figures, write_card
+from moeclip_hf import MoECLIPModel, MoECLIPProcessor
+from moeclip_hf.data import load_folder
+from moeclip_hf.data.textures import add_defect, write_texture_benchmark
+from moeclip_hf.data.textures.splits import (
+    AUXILIARY_FAMILIES,
+    SEEN_DEFECTS,
+    TEST_FAMILIES,
+    UNSEEN_DEFECTS,
+    VALIDATION_FAMILIES,
+)
+from moeclip_hf.evaluation import evaluate
+from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
+from moeclip_hf.training import get_recipe, start_model
+
+PICTURE_SIZE = 256
+# Folder: families, defects, normal and anomalous images a family, seed.
+TEXTURES: dict[str, tuple[tuple[str, ...], tuple[str, ...], int, int, int]] = {
+    "auxiliary": (AUXILIARY_FAMILIES, SEEN_DEFECTS, 36, 54, 1),
+    "normal": (AUXILIARY_FAMILIES, SEEN_DEFECTS, 16, 0, 2),
+    "validation": (VALIDATION_FAMILIES, SEEN_DEFECTS, 36, 36, 3),
+    "test": (TEST_FAMILIES, SEEN_DEFECTS, 36, 45, 4),
+    "test_unseen_defects": (TEST_FAMILIES, UNSEEN_DEFECTS, 36, 36, 5),
+}
+PHOTOGRAPHS = {"brick_wall": "brick", "grass": "grass", "gravel": "gravel"}  # class: scikit-image's photograph
+CROPS_A_PHOTOGRAPH = 60
+REPORTED = ("test", "test_unseen_defects", "photographs")
+IMAGE_SIZE = 176
+TRAINING: Mapping[str, object] = {
+    "image-size": IMAGE_SIZE,
+    "batch-size": 16,
+    "max-steps": 400,
+    "halve-at": "200,300",
+    "learning-rate": 2e-3,
+    "expert-learning-rate": 2e-3,
+}
+FALSE_ALARMS, PIXEL_FALSE_ALARMS = 0.1, 0.05
+
+
+def write_photographs(root: Path, seed: int = 6) -> None:
+    """Write crops of real photographs, every other one with a defect cut in, in MVTec AD's tree."""
+    for class_name, name in PHOTOGRAPHS.items():
+        photograph = getattr(data, name)()
+        rng = np.random.default_rng((seed, list(PHOTOGRAPHS).index(class_name)))
+        for index in range(CROPS_A_PHOTOGRAPH):
+            top, left = rng.integers(0, np.array(photograph.shape[:2]) - PICTURE_SIZE + 1)
+            crop = photograph[top : top + PICTURE_SIZE, left : left + PICTURE_SIZE]
+            image = np.repeat(crop[..., np.newaxis], 3, axis=2)
+            kind = SEEN_DEFECTS[index // 2 % len(SEEN_DEFECTS)] if index % 2 else None
+            if kind is not None:
+                image, mask = add_defect(image, kind, rng)
+                save(mask, root / class_name / "ground_truth" / kind / f"{index:03d}_mask.png")
+            save(image, root / class_name / "test" / (kind or "good") / f"{index:03d}.png")
+
+
+def save(image: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path, compress_level=1)
+
+
+def run(*arguments: object) -> None:
+    """Print a command and run it; its failure ends this one."""
+    words = [str(argument) for argument in arguments]
+    print("$ python -m", shlex.join(words), flush=True)
+    status = subprocess.run([sys.executable, "-m", *words], check=False).returncode
+    if status:
+        sys.exit(status)
+
+
+def write_data(root: Path) -> None:
+    """Render what is not there yet; a folder takes its name once it is whole."""
+    for name in (*TEXTURES, "photographs"):
+        if (root / name).exists():
+            continue
+        unfinished = root / f"{name}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if name == "photographs":
+            write_photographs(unfinished)
+        else:
+            families, defects, normal, anomalous, seed = TEXTURES[name]
+            write_texture_benchmark(
+                unfinished, families, defects, normal=normal, anomalous=anomalous, size=PICTURE_SIZE, seed=seed
+            )
+        unfinished.rename(root / name)
+
+
+def make(root: Path) -> Path:
+    """Run every part that is not done; the folder of the finished checkpoint, in float16."""
+    clip, trained, final = root / "clip", root / "trained", root / EMBEDDED_CHECKPOINT.name
+    if not (clip / "tokenizer.json").exists():
+        run("examples.pretrain_tiny_clip", "--output-dir", clip)
+    write_data(root)
+    if not (trained / "config.json").exists():
+        options = [word for name, value in TRAINING.items() for word in (f"--{name}", value)]
+        run("moeclip_hf.cli", "train", "--dataset", root / "auxiliary", "--clip", clip, "--output-dir", trained,
+            "--resume", "--tracker", "none", *options)  # fmt: skip
+    if not (final / "config.json").exists():
+        store_in_half_precision(trained, final)
+        run("moeclip_hf.cli", "calibrate", "--data-dir", root / "normal", "--model", final, "--in-place",
+            "--false-alarm-rate", FALSE_ALARMS, "--pixel-false-alarm-rate", PIXEL_FALSE_ALARMS)  # fmt: skip
+    for name in REPORTED:
+        results = root / "evaluation" / name
+        if not (results / "results.json").exists():
+            run("moeclip_hf.cli", "evaluate", "--data-dir", root / name, "--model", final, "--output-dir", results)
+    return final
+
+
+def store_in_half_precision(trained: Path, final: Path) -> None:
+    """Write a checkpoint in float16, half as large."""
+    MoECLIPModel.from_pretrained(trained, dtype=torch.float16).save_pretrained(final)
+    MoECLIPProcessor.from_pretrained(trained).save_pretrained(final)
+    shutil.copy(trained / "recipe.json", final)
+
+
+def read_figures(root: Path, final: Path) -> Figures:
+    """All that the card reports: what the evaluations wrote, the CLIP unadapted, and other class names."""
+    documents = {
+        name: json.loads((root / "evaluation" / name / "results.json").read_text(encoding="utf-8"))
+        for name in REPORTED
+    }
+    pretrained = load_pretrained(final, device="cpu", dtype="float32")
+    clip, processor = start_model(str(root / "clip"), get_recipe("paper"), image_size=IMAGE_SIZE)
+    plain = {name: score_plain_clip(clip, processor, load_folder(root / name)) for name in REPORTED}
+    rows = load_folder(root / "test")
+    classes = sorted(set(rows["prompt_name"]))
+    following = dict(zip(classes, [*classes[1:], classes[0]], strict=True))
+    other_names = {
+        "the name of another class": [following[name] for name in rows["prompt_name"]],
+        "`object`": ["object"] * len(rows),
+    }
+    renamed = {}
+    for told, names in other_names.items():
+        column = rows.remove_columns("prompt_name").add_column("prompt_name", names)
+        renamed[told] = evaluate(pretrained, column.cast(rows.features)).metrics
+    return Figures(documents, plain, renamed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/checkpoint"))
+    parser.add_argument("--install", action="store_true", help="into the package, in place of the embedded checkpoint")
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    final = make(args.output_dir)
+    write_card(final, read_figures(args.output_dir, final))
+    print(final / "README.md")
+    if args.install:
+        shutil.rmtree(EMBEDDED_CHECKPOINT)
+        shutil.copytree(final, EMBEDDED_CHECKPOINT)
+
+
+if __name__ == "__main__":
+    main()
