@@ -9,6 +9,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from moeclip_hf.conversion.key_table import KeyTable, Tensors, check_tensors, count_indices, refuse
 from moeclip_hf.errors import ConversionError
+from moeclip_hf.stored_weights import expected_tensors
 
 ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
@@ -16,6 +17,8 @@ Settings = Mapping[str, Any]
 
 # OpenAI makes every attention head this wide, in both towers.
 _HEAD_WIDTH = 64
+# Weights and biases of q, k, v, output, two norms and two layers.
+_BLOCK_TENSORS = 16
 _TOWERS: dict[str, type[PreTrainedConfig]] = {"text_config": CLIPTextConfig, "vision_config": CLIPVisionConfig}
 
 
@@ -60,12 +63,6 @@ def clip_settings(config: CLIPConfig) -> dict[str, Any]:
         values = getattr(config, tower).to_dict()
         settings[tower] = {name: value for name, value in values.items() if name not in bookkeeping}
     return settings
-
-
-def expected_tensors(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-    """Names and shapes of a model's weights, without memory behind them."""
-    with torch.device("meta"):
-        return model_class(config).state_dict()
 
 
 def copy_to_float32(tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -149,7 +146,8 @@ def _infer_clip_settings(tensors: Tensors, table: KeyTable, source: str, setting
 
 
 def _infer_tower(tensors: Tensors, tower: str, width: int, settings: Settings) -> dict[str, Any]:
-    feed_forward = tensors.get(f"{tower}_model.encoder.layers.0.mlp.fc1.bias")
+    feed_forward = tensors.get(f"{tower}_model.encoder.layers.0.mlp.fc1.bias", torch.empty(4 * width, device="meta"))
+    num_layers = count_indices(tensors, f"{tower}_model.encoder.layers.{{layer}}.", "layer")
     if width % _HEAD_WIDTH and "num_attention_heads" not in settings.get(f"{tower}_config", {}):
         raise ConversionError(
             f"The {tower} tower is {width} wide, no multiple of the {_HEAD_WIDTH} of one of OpenAI's attention heads: "
@@ -157,7 +155,8 @@ def _infer_tower(tensors: Tensors, tower: str, width: int, settings: Settings) -
         )
     return {
         "hidden_size": width,
-        "intermediate_size": 4 * width if feed_forward is None else len(feed_forward),
-        "num_hidden_layers": count_indices(tensors, f"{tower}_model.encoder.layers.{{layer}}.", "layer"),
+        "intermediate_size": feed_forward.shape[0] if feed_forward.dim() else 4 * width,
+        # As many as there can be, so that a bias each does not ask for thousands.
+        "num_hidden_layers": min(num_layers, len(tensors) // _BLOCK_TENSORS),
         "num_attention_heads": max(width // _HEAD_WIDTH, 1),
     }

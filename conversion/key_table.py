@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from moeclip_hf.errors import ConversionError
+from moeclip_hf.stored_weights import find_faults, is_finite, list_faults
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -26,9 +27,6 @@ _FIELDS = {
     "qkv": r"q|k|v",
 }
 _QKV = ("q", "k", "v")
-_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-# How many names of a kind an error lists.
-_MAX_LISTED = 8
 
 
 class Layout(NamedTuple):
@@ -133,40 +131,14 @@ def check_tensors(tensors: Tensors, expected: Tensors, source: str) -> None:
     Raises:
         ConversionError: lists unknown, missing and misshapen entries, and those of another type or not finite.
     """
-    shared = [key for key in sorted(tensors) if key in expected]
-    refuse(
-        source,
-        {
-            "unknown": sorted(set(tensors) - set(expected)),
-            "missing": sorted(set(expected) - set(tensors)),
-            "misshapen": [
-                f"{key}: {tuple(tensors[key].shape)}, not {tuple(expected[key].shape)}"
-                for key in shared
-                if tensors[key].shape != expected[key].shape
-            ],
-            "of another type": [f"{key}: {tensors[key].dtype}" for key in shared if tensors[key].dtype not in _DTYPES],
-        },
-    )
-    refuse(source, {"non-finite": [key for key in shared if not is_finite(tensors[key])]})
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers are finite, told from the extremes: NaN is both, and nothing is allocated."""
-    return all(extreme.isfinite() for extreme in tensor.aminmax())
+    refuse(source, find_faults(tensors, expected))
+    refuse(source, {"non-finite": [key for key in sorted(tensors) if not is_finite(tensors[key])]})
 
 
 def refuse(source: str, faults: Mapping[str, Iterable[str]]) -> None:
     """Raise a `ConversionError` that lists the faulty entries of each kind, if there are any."""
-    parts = []
-    for kind, entries in faults.items():
-        entries = list(entries)
-        if not entries:
-            continue
-        listed = ", ".join(entries[:_MAX_LISTED])
-        rest = f" and {len(entries) - _MAX_LISTED} more" if len(entries) > _MAX_LISTED else ""
-        parts.append(f"{len(entries)} {kind} ({listed}{rest})")
-    if parts:
-        raise ConversionError(f"{source} does not fit: {'; '.join(parts)}.")
+    if listed := list_faults(faults):
+        raise ConversionError(f"{source} does not fit: {listed}.")
 
 
 def find_indices(names: Iterable[str], prefix: str, field: str) -> dict[str, int]:

@@ -14,12 +14,16 @@ from safetensors.torch import load_file
 from moeclip_hf.conversion.key_table import refuse
 from moeclip_hf.conversion.torchscript import is_torchscript, read_torchscript
 from moeclip_hf.errors import ConversionError
+from moeclip_hf.stored_weights import describe_unpickling
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
 _LFS_MAGIC = b"version https://git-lfs"
 # What a Hub id looks like: a name, or an owner and a name.
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Weights are stored as they are, and code may be packed; what unpacks to more times its size was made to.
+_MAX_PACKING = 20
+_SMALL_ARCHIVE = 1 << 26
 _WEIGHT_SUFFIXES = {".pt", ".pth", ".bin", ".safetensors"}
 
 
@@ -44,9 +48,30 @@ def is_repository(source: str | Path) -> bool:
 def read_tensors(source: str | Path | Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
     """Read a flat mapping of names to tensors, from a file or memory; `name` is the source's in errors."""
     content = read_checkpoint(source) if isinstance(source, (str, Path)) else source
-    others = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
-    refuse(name, {"non-tensor": others})
+    check_entries(content, name)
     return dict(content)
+
+
+def check_entries(entries: Mapping[Any, Any], source: str) -> None:
+    """Refuse entries that are not a name and a tensor each, one that is dense and has a number for every place."""
+    tensors = {key: value for key, value in entries.items() if isinstance(value, torch.Tensor)}
+    refuse(
+        source,
+        {
+            "non-tensor": [str(key) for key in entries if key not in tensors],
+            "without a name": [repr(key) for key in entries if not isinstance(key, str)],
+            "of fewer numbers than their shape": [
+                f"{key}: {tuple(tensor.shape)}" for key, tensor in tensors.items() if not _holds_its_numbers(tensor)
+            ],
+        },
+    )
+
+
+def _holds_its_numbers(tensor: torch.Tensor) -> bool:
+    """Sparse and expanded tensors of any size fit a small file, and those of the meta device hold nothing at all."""
+    if tensor.is_meta or tensor.layout != torch.strided:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
@@ -76,12 +101,7 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
     except ConversionError:
         raise
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found is None:
-            raise ConversionError(f"{path} is damaged or cut short: fetch it anew.") from error
-        raise ConversionError(
-            f"{path} holds {found.group(1)}, not only tensors; it is not read, as that would run code from the file."
-        ) from error
+        raise ConversionError(f"{path} {describe_unpickling(error)}") from error
     except Exception as error:  # the readers raise whatever a damaged file leads them to
         raise ConversionError(f"{path} is damaged or cut short ({one_line(error)}): fetch it anew.") from error
     if not isinstance(content, Mapping):
@@ -96,6 +116,9 @@ def _read(path: Path, head: bytes) -> Any:
         raise ConversionError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`.")
     if head.startswith(_ZIP_MAGIC):
         with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > _MAX_PACKING * path.stat().st_size + _SMALL_ARCHIVE:
+                raise ConversionError(f"{path} would unpack to {unpacked:,} bytes, as no checkpoint does: not read.")
             if archive.testzip() is not None:  # checksums, which torch.load does not look at
                 raise ConversionError(f"{path} is damaged: fetch it anew.")
         return read_torchscript(path) if is_torchscript(path) else _read_pickled(path)

@@ -16,7 +16,6 @@ from moeclip_hf.conversion.assembly import (
     check_setting_names,
     clip_settings,
     copy_to_float32,
-    expected_tensors,
     make_config,
     merge_settings,
 )
@@ -30,11 +29,12 @@ from moeclip_hf.conversion.key_table import (
     find_indices,
     refuse,
 )
-from moeclip_hf.conversion.reading import describe, read_checkpoint
+from moeclip_hf.conversion.reading import check_entries, describe, read_checkpoint
 from moeclip_hf.conversion.transformers_clip import CLIPSource, load_clip
 from moeclip_hf.errors import ConversionError
 from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
+from moeclip_hf.stored_weights import expected_tensors
 
 Adapter = Mapping[str, Any]
 
@@ -154,7 +154,7 @@ def _read_adapter(adapter: str | Path | Adapter, source: str) -> dict[str, torch
         },
     )
     flat = {f"{part}.{name}": value for part in _PARTS for name, value in content[part].items()}
-    refuse(source, {"non-tensor": [name for name, value in flat.items() if not isinstance(value, torch.Tensor)]})
+    check_entries(flat, source)
     return flat
 
 

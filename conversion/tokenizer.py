@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTokenizer, PreTraine
 
 from moeclip_hf.conversion.reading import one_line
 from moeclip_hf.errors import ConversionError
+from moeclip_hf.pretrained import tokenizer_difference
 
 # Bytes that stand for themselves in the vocabulary, which lists them first; the others become characters from 256 on.
 _PRINTABLE_BYTES = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
@@ -16,8 +17,6 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 _WORD_END = "</w>"
 # OpenAI's file unpacks to 3 MB.
 _MAX_MERGES_BYTES = 1 << 26
-# The code that transformers' CLIP knows as "the largest id", from before its configurations named the right one.
-_LEGACY_END_ID = 2
 
 
 def load_tokenizer(source: str | Path, text_config: CLIPTextConfig) -> PreTrainedTokenizerBase:
@@ -41,13 +40,9 @@ def load_tokenizer(source: str | Path, text_config: CLIPTextConfig) -> PreTraine
                 f"{source}: no tokenizer can be loaded from there; pass a transformers folder or Hub id, or OpenAI's "
                 f"bpe_simple_vocab_16e6.txt.gz (--tokenizer): {one_line(error)}"
             ) from error
-    end = text_config.eos_token_id
-    end = text_config.vocab_size - 1 if end == _LEGACY_END_ID else end
-    if len(tokenizer) > text_config.vocab_size or tokenizer.eos_token_id != end:
+    if difference := tokenizer_difference(tokenizer, text_config):
         raise ConversionError(
-            f"{source} holds another tokenizer than the CLIP's: it has {len(tokenizer)} tokens and ends texts with "
-            f"{tokenizer.eos_token_id}, where the text tower has {text_config.vocab_size} and expects {end}: pass the "
-            "CLIP's own (--tokenizer)."
+            f"{source} holds another tokenizer than the CLIP's: {difference}: pass the CLIP's own (--tokenizer)."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

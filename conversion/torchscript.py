@@ -7,8 +7,10 @@ pickle reader that knows tensors, and takes every module for a bag of attributes
 
 import io
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,6 +28,8 @@ _DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+
+_MAX_MODULES = 1 << 16
 
 
 def is_torchscript(path: Path) -> bool:
@@ -48,7 +52,11 @@ def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
         data = next(name for name in archive.namelist() if PurePosixPath(name).name == "data.pkl")
         root = _ModuleUnpickler(archive, data).load()
     tensors: dict[str, torch.Tensor] = {}
-    _collect(root, "", tensors)
+    for number, (name, module) in enumerate(_modules(root, "")):
+        if number == _MAX_MODULES:  # modules within one another double with each line
+            raise pickle.UnpicklingError("more modules than any model has")
+        values = vars(module).items()
+        tensors |= {name + attribute: value for attribute, value in values if isinstance(value, torch.Tensor)}
     return tensors
 
 
@@ -85,7 +93,7 @@ class _ModuleUnpickler(pickle.Unpickler):
     """An unpickler that finds nothing but what `_KNOWN` lists, and `_Module` for the archive's own classes."""
 
     def __init__(self, archive: zipfile.ZipFile, data: str):
-        super().__init__(io.BytesIO(archive.read(data)))
+        super().__init__(io.BytesIO(_check_memo(archive.read(data))))
         self._archive = archive
         self._folder = data.removesuffix(".pkl")
         self._storages: dict[str, torch.Tensor] = {}
@@ -105,9 +113,17 @@ class _ModuleUnpickler(pickle.Unpickler):
         return self._storages[key][:length]
 
 
-def _collect(module: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
+def _modules(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """A module and all within it, each with what the names of its attributes begin with."""
+    yield prefix, module
     for name, value in vars(module).items():
-        if isinstance(value, torch.Tensor):
-            tensors[prefix + name] = value
-        elif isinstance(value, _Module):
-            _collect(value, f"{prefix}{name}.", tensors)
+        if isinstance(value, _Module):
+            yield from _modules(value, f"{prefix}{name}.")
+
+
+def _check_memo(data: bytes) -> bytes:
+    """Refuse a pickle that numbers what it remembers so that the reader makes room for billions."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
+            raise pickle.UnpicklingError("it remembers more than it holds")
+    return data

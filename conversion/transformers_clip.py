@@ -13,7 +13,6 @@ from moeclip_hf.conversion.assembly import (
     clip_from_tensors,
     clip_settings,
     copy_to_float32,
-    expected_tensors,
     make_config,
     merge_settings,
 )
@@ -21,6 +20,8 @@ from moeclip_hf.conversion.key_table import KeyTable, Row, Tensors, check_tensor
 from moeclip_hf.conversion.openai_clip import is_openai_clip, openai_clip_from_tensors
 from moeclip_hf.conversion.reading import describe, is_repository, one_line, read_tensors
 from moeclip_hf.errors import ConversionError
+from moeclip_hf.pretrained import fetch_clip
+from moeclip_hf.stored_weights import expected_tensors, read_headers, weight_faults
 
 CLIPSource: TypeAlias = str | Path | Tensors | CLIPModel
 
@@ -67,29 +68,17 @@ def load_clip(clip: CLIPSource, **config: Any) -> CLIPModel:
 def _load_repository(name: str) -> CLIPModel:
     """Load a folder or Hub repository; what its weights lack or hold too much is an error, not a warning."""
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # whatever a missing, foreign or broken configuration leads to
-        raise ConversionError(f"{name} cannot be loaded as a CLIP: {one_line(error)}") from error
-    if config.model_type != "clip":
-        raise ConversionError(f"{name} is a {config.model_type} model, not a clip one.")
-    try:
-        loaded: Any = CLIPModel.from_pretrained(
-            name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-    except Exception as error:  # missing, damaged or unsafe weights
-        raise ConversionError(f"{name} cannot be loaded as a CLIP: {one_line(error)}") from error
-    model, info = loaded
-    refuse(
-        name,
-        {
-            "unknown": sorted(TRANSFORMERS_TABLE.without_ignored(dict.fromkeys(info["unexpected_keys"]))),
-            "missing": sorted(info["missing_keys"]),
-            "misshapen": sorted(
-                f"{key}: {tuple(got)}, not {tuple(want)}" for key, got, want in info["mismatched_keys"]
-            ),
-        },
-    )
-    return model
+        folder = fetch_clip(name)
+        loaded = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if loaded.model_type != "clip":
+            raise ConversionError(f"it is a {loaded.model_type} model, not a clip one.")
+        # Anew, without what else the file may have set, such as kernels to fetch and run.
+        config = make_config(CLIPConfig, clip_settings(loaded))
+        refuse("it", weight_faults(read_headers(folder), CLIPModel, config))
+        return CLIPModel.from_pretrained(folder, config=config, dtype=torch.float32)
+    except Exception as error:  # whatever a missing, foreign, damaged or unsafe checkpoint leads to
+        reason = one_line(error).removeprefix(f"{name}: ")
+        raise ConversionError(f"{name}: cannot be loaded as a CLIP: {reason}") from error
 
 
 def _rebuild(clip: CLIPConfig, tensors: Tensors, source: str, settings: Settings) -> CLIPModel:

@@ -19,6 +19,31 @@ _VIT_L_14_336_VISION = {
     "projection_dim": 768,
 }
 
+# What no CLIP comes near, and a damaged or hostile file easily exceeds: a model of such a size is not to be tried.
+_MAX_SIZE = 1 << 20
+_MAX_DEPTH = 1000
+_MAX_WINDOW = 255
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "projection_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "num_channels",
+    "image_size",
+    "patch_size",
+)
+# Settings of transformers that name code to fetch and run, or other files than those that are looked at.
+_NOT_OF_A_FILE = (
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+    "transformers_weights",
+)
+
 
 def quarters(depth: int) -> list[int]:
     """The blocks at the quarters of a tower's depth, counted from 1: `[6, 12, 18, 24]` for 24 blocks."""
@@ -35,6 +60,25 @@ def _without_registered_pipelines(config_dict: dict[str, Any]) -> dict[str, Any]
     others = {task: info for task, info in config_dict["custom_pipelines"].items() if task not in tasks}
     rest = {name: value for name, value in config_dict.items() if name != "custom_pipelines"}
     return rest | ({"custom_pipelines": others} if others else {})
+
+
+def _refuse_foreign_settings(config_class: type, settings: Any) -> None:
+    """Refuse a file's settings that choose code, or stand in for a part of the configuration's own code."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"A configuration is a table of settings, not a {type(settings).__name__}.")
+    for name in settings:
+        if name in _NOT_OF_A_FILE:
+            raise ValueError(f"{name} ({settings[name]!r}) is not for a file to set: pass it when you load the model.")
+        if callable(getattr(config_class, name, None)) or isinstance(getattr(config_class, name, None), property):
+            raise ValueError(f"{name} ({settings[name]!r}) is no setting.")
+
+
+def _refuse_sizes(tower: str, settings: dict[str, Any]) -> None:
+    """Refuse sizes of a tower that no model can have. What is no whole number is refused by its type, elsewhere."""
+    for name in _SIZES:
+        size, largest = settings.get(name), _MAX_DEPTH if name == "num_hidden_layers" else _MAX_SIZE
+        if isinstance(size, int) and not 1 <= size <= largest:
+            raise ValueError(f"{name} ({size}) of {tower} must lie between 1 and {largest}.")
 
 
 def _is_ascending(values: Iterable[int]) -> bool:
@@ -119,6 +163,9 @@ class MoECLIPConfig(CLIPConfig):
         if self.text_config is None and self.vision_config is None:
             self.text_config, self.vision_config = dict(_VIT_L_14_336_TEXT), dict(_VIT_L_14_336_VISION)
             self.projection_dim = 768
+        for name in ("text_config", "vision_config"):  # before the towers' own checks divide by them
+            if isinstance(tower := getattr(self, name), dict):
+                _refuse_sizes(name, tower)
         super().__post_init__(**kwargs)
         depth = self.vision_config.num_hidden_layers
         if self.feature_layers is None:
@@ -134,18 +181,57 @@ class MoECLIPConfig(CLIPConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; settings in `kwargs` are checked, and followed by the defaults that depend on them."""
+        """
+        As in transformers; settings in `kwargs` are checked, and followed by the defaults that depend on them.
+
+        Raises:
+            ValueError: if a setting is of the wrong type, contradicts another one, or names code to run.
+        """
+        _refuse_foreign_settings(cls, config_dict)
+        for name in ("text_config", "vision_config"):
+            if isinstance(tower := config_dict.get(name), dict):
+                _refuse_foreign_settings(cls, tower)
         settings = {name: kwargs.pop(name) for name in cls.__annotations__ if name in kwargs}
         taps = config_dict.get("feature_layers")
         if "feature_layers" in settings and taps and config_dict.get("image_feature_layer") == taps[-1]:
             settings.setdefault("image_feature_layer", None)
-        return super().from_dict(_without_registered_pipelines(config_dict) | settings, **kwargs)
+        try:
+            return super().from_dict(_without_registered_pipelines(config_dict) | settings, **kwargs)
+        except Exception as error:  # of `strict`, or whatever a foreign file's settings lead to
+            raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
     def validate_architecture(self) -> None:
         """Refuse settings that contradict each other; part of the validation that `strict` runs."""
         super().validate_architecture()
+        self._validate_towers()
         self._validate_experts()
         self._validate_layers()
+
+    def _validate_towers(self) -> None:
+        from transformers.activations import ACT2FN  # which imports torch
+
+        if not isinstance(self.projection_dim, int):
+            raise ValueError(f"projection_dim ({self.projection_dim!r}) must be a whole number.")
+        _refuse_sizes("the model", {"projection_dim": self.projection_dim})
+        for name in ("text_config", "vision_config"):
+            tower = getattr(self, name)
+            _refuse_sizes(name, vars(tower))
+            if tower.hidden_size % tower.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size ({tower.hidden_size}) of {name} must be a multiple of num_attention_heads "
+                    f"({tower.num_attention_heads})."
+                )
+            if tower.hidden_act not in ACT2FN:
+                raise ValueError(f"hidden_act ({tower.hidden_act!r}) of {name} is no activation of transformers.")
+            if not 0 < (tower.layer_norm_eps or 0) < 1:
+                raise ValueError(f"layer_norm_eps ({tower.layer_norm_eps}) of {name} must lie between 0 and 1.")
+            if not 0 <= (tower.attention_dropout or 0) <= 1:
+                raise ValueError(f"attention_dropout ({tower.attention_dropout}) of {name} must lie between 0 and 1.")
+        edge, patch = self.vision_config.image_size, self.vision_config.patch_size
+        if not (isinstance(edge, int) and isinstance(patch, int) and patch <= edge):
+            raise ValueError(
+                f"image_size ({edge}) must be one number of pixels, and patch_size ({patch}) at most that."
+            )
 
     def _validate_experts(self) -> None:
         width = self.vision_config.hidden_size
@@ -154,8 +240,10 @@ class MoECLIPConfig(CLIPConfig):
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and num_experts "
                 f"({self.num_experts})."
             )
-        if self.lora_rank < 1:
-            raise ValueError(f"lora_rank ({self.lora_rank}) must be at least 1.")
+        if self.num_experts > _MAX_DEPTH:
+            raise ValueError(f"num_experts ({self.num_experts}) must be at most {_MAX_DEPTH}.")
+        if not 1 <= self.lora_rank <= width:
+            raise ValueError(f"lora_rank ({self.lora_rank}) must lie between 1 and the tower's width ({width}).")
         if self.use_fofs and width // self.num_experts < self.lora_rank:
             raise ValueError(
                 f"lora_rank ({self.lora_rank}) exceeds the {width // self.num_experts} features that FOFS gives each "
@@ -165,8 +253,8 @@ class MoECLIPConfig(CLIPConfig):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} ({getattr(self, name)}) must lie between {low} and {high}.")
         for name in ("lora_alpha", "etf_loss_coef", "router_aux_loss_coef"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} ({getattr(self, name)}) must be a finite number, zero or more.")
+            if not 0 <= getattr(self, name) <= _MAX_SIZE:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be a number from 0 to {_MAX_SIZE}.")
         if self.projection_activation not in (None, "leaky_relu"):
             raise ValueError(f'projection_activation ({self.projection_activation!r}) must be None or "leaky_relu".')
 
@@ -188,6 +276,8 @@ class MoECLIPConfig(CLIPConfig):
         sizes = self.aggregation_sizes
         if not sizes or not _is_ascending(sizes) or any(size < 1 or size % 2 == 0 for size in sizes):
             raise ValueError(f"aggregation_sizes ({sizes}) must be odd and ascend, such as [1, 3, 5].")
+        if sizes[-1] > _MAX_WINDOW:
+            raise ValueError(f"aggregation_sizes ({sizes[:3]}, ...) must be at most {_MAX_WINDOW} patches.")
 
     @property
     def num_maps(self) -> int:

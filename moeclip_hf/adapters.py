@@ -2,19 +2,31 @@
 
 import copy
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
 from torch import nn
 
 from moeclip_hf.errors import CheckpointError
-from moeclip_hf.hub_errors import describe_hub_error
 from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
-from moeclip_hf.pretrained import quiet_transformers
+from moeclip_hf.pretrained import fetch_adapter, fetch_clip, quiet_transformers
+from moeclip_hf.stored_weights import (
+    ADAPTER_WEIGHTS,
+    StoredTensor,
+    check_weights,
+    find_faults,
+    list_faults,
+    read_headers,
+    refuse_non_finite,
+)
 from moeclip_hf.tuner import MoELoraConfig, MoELoraLayer
 from moeclip_hf.tuner.model import MOECLIP_HEADS, vision_blocks
+
+# What a base may have of its own, and the adapter replaces.
+_MOECLIP_PARTS = ("moe_layers.", *(f"{head}." for head in MOECLIP_HEADS))
 
 # The same settings by their two names: of an adapter, and of a full checkpoint.
 _SETTING_NAMES = {
@@ -126,29 +138,61 @@ def load_adapter(
     Raises:
         CheckpointError: if either is not there or not what it should be.
     """
+    folder = fetch_adapter(adapter, revision)
+    config, stored = _read_adapter(str(adapter), folder)
+    base = base or config.base_model_name_or_path
+    if base is None:
+        raise CheckpointError(f"{adapter}: does not name its base: pass base, the CLIP that it was made over.")
+    bare = _load_base(str(base), str(adapter), config.base_settings, **base_kwargs)
     try:
-        config = PeftConfig.from_pretrained(str(adapter), revision=revision)
+        adapted = PeftModel.from_pretrained(bare, str(folder), adapter_name=adapter_name, is_trainable=is_trainable)
+    except Exception as error:  # whatever settings that do not fit the base lead to
+        raise CheckpointError(f"{adapter}: cannot be put into {base}: {_one_line(error)}") from error
+    loaded = get_peft_model_state_dict(adapted, adapter_name=adapter_name, save_embedding_layers=False)
+    if listed := list_faults(find_faults(stored, loaded)):
+        raise CheckpointError(f"{adapter}: does not fit {base}: {listed}.")
+    refuse_non_finite(str(adapter), loaded)
+    return adapted
+
+
+def _read_adapter(adapter: str, folder: Path) -> tuple[MoELoraConfig, dict[str, StoredTensor]]:
+    """An adapter's settings and what its file holds, once the two agree on the sizes of the experts."""
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:
         raise CheckpointError(f"{adapter}: cannot be read as an adapter: {_one_line(error)}") from error
     if not isinstance(config, MoELoraConfig) or config.base_settings is None:
         raise CheckpointError(f"{adapter}: is not a MoE-LoRA adapter made over a MoECLIP.")
-    base = base or config.base_model_name_or_path
-    if base is None:
-        raise CheckpointError(f"{adapter}: does not name its base: pass base, the CLIP that it was made over.")
-    try:
-        with quiet_transformers():  # of heads that a CLIP has not: the adapter brings them
-            bare, report = MoECLIPModel.from_pretrained(
-                base, config=_base_config(base, config.base_settings), output_loading_info=True, **base_kwargs
+    stored = read_headers(folder, [ADAPTER_WEIGHTS])
+    projections = {name: tensor for name, tensor in stored.items() if name.endswith(".lora_A")}
+    if not projections:
+        raise CheckpointError(f"{adapter}: holds no experts: it has no weights of the name lora_A.")
+    for name, tensor in projections.items():
+        if tensor.shape[:2] != (config.num_experts, config.r):
+            raise CheckpointError(
+                f"{adapter}: {name} is {tensor.shape}, and its configuration asks for {config.num_experts} experts of "
+                f"rank {config.r}."
             )
-    except Exception as error:
-        reason = describe_hub_error(error, str(base)) or _one_line(error)
+    return config, stored
+
+
+def _load_base(base: str, adapter: str, settings: dict[str, Any], **kwargs: Any) -> MoECLIPModel:
+    """The CLIP beneath an adapter, as a MoECLIP without experts."""
+    try:
+        folder = fetch_clip(base)
+        pinned = {} if Path(base).is_dir() else {"revision": folder.name, "local_files_only": True}
+        config = _base_config(folder, settings)
+        missing = check_weights(base, read_headers(folder), MoECLIPModel, config, _MOECLIP_PARTS)
+        lacking = [name for name in missing if not name.startswith(MOECLIP_HEADS)]
+        if lacking:
+            raise CheckpointError(f"it lacks {len(lacking)} of the weights of a CLIP ({lacking[0]}, ...).")
+        with quiet_transformers():  # of heads that a CLIP has not: the adapter brings them
+            bare = MoECLIPModel.from_pretrained(base, config=config, **kwargs, **pinned)
+    except Exception as error:  # whatever a missing, foreign or damaged checkpoint leads to
+        reason = _one_line(error).removeprefix(f"{base}: ")
         raise CheckpointError(f"{base}: cannot be loaded as the base of {adapter}: {reason}") from error
-    lacking = sorted(key for key in report["missing_keys"] if not key.startswith(MOECLIP_HEADS))
-    if lacking:
-        raise CheckpointError(f"{base}: lacks {len(lacking)} of the weights of a CLIP ({lacking[0]}, ...).")
-    return PeftModel.from_pretrained(
-        bare, str(adapter), adapter_name=adapter_name, is_trainable=is_trainable, revision=revision
-    )
+    refuse_non_finite(base, bare.state_dict())
+    return bare
 
 
 def _experts_by_block(base: MoECLIPModel, adapter_name: str) -> dict[int, nn.Module]:
@@ -167,14 +211,14 @@ def _experts_by_block(base: MoECLIPModel, adapter_name: str) -> dict[int, nn.Mod
     return {blocks[name]: experts for name, experts in layers.items()}
 
 
-def _base_config(base: "str | PathLike[str]", settings: dict[str, Any]) -> MoECLIPConfig:
+def _base_config(folder: Path, settings: dict[str, Any]) -> MoECLIPConfig:
     towers = ("text_config", "vision_config")
     config = MoECLIPConfig.from_pretrained(
-        base, **{name: value for name, value in settings.items() if name not in towers}
+        folder, **{name: value for name, value in settings.items() if name not in towers}
     )
     for tower in towers:
-        for name, value in settings[tower].items():
-            setattr(getattr(config, tower), name, value)
+        getattr(config, tower).hidden_act = settings[tower]["hidden_act"]
+    config.validate_architecture()
     return config
 
 

@@ -1,28 +1,45 @@
 """Loading a checkpoint or an adapter for use: the embedded one, a folder or a Hub repository."""
 
+import fnmatch
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from transformers.utils import logging
 
 from moeclip_hf.errors import CheckpointError, MoECLIPError
 from moeclip_hf.hub_errors import describe_hub_error
+from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
+from moeclip_hf.modeling.image_processing_moeclip import MoECLIPImageProcessor
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor, patch_maps
+from moeclip_hf.stored_weights import check_weights, read_headers, refuse_non_finite
 
 if TYPE_CHECKING:
     from os import PathLike
+
+    from transformers import CLIPTextConfig, PreTrainedTokenizerBase
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 
 # What is downloaded: data, and no code.
 _CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt"]
+_CLIP_FILES = ["*.json", "model*.safetensors", "*.txt"]
+# Of a CLIP that was published before there were safetensors, as OpenAI's ViT-L/14 of 336 pixels; read as data too.
+_PICKLED_CLIP_FILES = ["pytorch_model*.bin"]
+# What of a folder is read, or published.
+_READ_FILES = (*_CHECKPOINT_FILES, "*.bin", "*.md", "*.png", "LICENSE*")
+
+# Pixels; a larger image is cut into tiles. A processor that asks for more asks for gigabytes.
+_MAX_EDGE = 8192
+# The code that transformers' CLIP knows as "the largest id", from before its configurations named the right one.
+_LEGACY_END_ID = 2
 
 EMBEDDED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "moeclip-tiny-textures"
 
@@ -95,7 +112,8 @@ def load_pretrained(
         revision (`str`, *optional*): of a Hub repository.
 
     Raises:
-        CheckpointError: if it is not there, is no MoECLIP checkpoint, or lacks weights.
+        CheckpointError: if it is not there, is no MoECLIP checkpoint, its weights are not just those that its
+            configuration asks for, or its processor is another model's.
     """
     source = str(model or EMBEDDED_CHECKPOINT)
     if Path(source).exists() and not Path(source).is_dir():
@@ -109,15 +127,13 @@ def load_pretrained(
         if is_adapter(folder):
             loaded = _load_adapter(source, folder, dtype)
         else:
-            with quiet_transformers():  # what is missing is said below
-                loaded, report = MoECLIPModel.from_pretrained(
-                    source, dtype=dtype, use_safetensors=True, output_loading_info=True, **pinned
-                )
-            _refuse_missing_weights(source, report)
+            loaded = _load_full(source, folder, dtype, **pinned)
         loaded.config._commit_hash = pinned.get("revision")
-        processor = MoECLIPProcessor.from_pretrained(folder)
-    except CheckpointError:
-        raise
+        processor = MoECLIPProcessor.from_pretrained(folder, trust_remote_code=False)
+        check_processor(source, processor)
+        _refuse_other_processor(source, processor, loaded.config)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(folder), source)) from error
     except Exception as error:  # whatever a foreign or damaged checkpoint leads to
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{source}: cannot be loaded as a MoECLIP checkpoint: {reason}") from error
@@ -138,20 +154,62 @@ def fetch_checkpoint(source: "str | PathLike[str]", revision: str | None = None)
     Raises:
         CheckpointError: if it is not there, cannot be had, or has not the files of a checkpoint.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        try:
-            folder = Path(
-                snapshot_download(
-                    str(source), revision=revision, allow_patterns=_CHECKPOINT_FILES, ignore_patterns="*/*"
-                )
-            )
-        except Exception as error:  # of the Hub, of the network, of the disk
-            reason = describe_hub_error(error, str(source), revision)
-            raise CheckpointError(reason or f"{source}: cannot be downloaded: {error}") from error
+    folder = _fetch(source, _CHECKPOINT_FILES, revision)
     # Where a repository has none of the files, there is not even a folder.
     _refuse_incomplete(str(source), {file.name for file in folder.iterdir()} if folder.is_dir() else set())
     return folder
+
+
+def fetch_adapter(source: "str | PathLike[str]", revision: str | None = None) -> Path:
+    """
+    Find an adapter's folder, which need not hold a processor, as [`fetch_checkpoint`] does.
+
+    Raises:
+        CheckpointError: if it is not there or cannot be had.
+    """
+    return _fetch(source, _CHECKPOINT_FILES, revision)
+
+
+def fetch_clip(source: "str | PathLike[str]", revision: str | None = None) -> Path:
+    """
+    Find the folder of a model, a plain CLIP's too, as [`fetch_checkpoint`] does, whatever form its weights have.
+
+    Raises:
+        CheckpointError: if it is not there or cannot be had.
+    """
+    folder = _fetch(source, _CLIP_FILES, revision)
+    if not Path(source).is_dir() and not any(folder.glob("*.safetensors")):
+        folder = _fetch(source, _CLIP_FILES + _PICKLED_CLIP_FILES, revision)
+    return folder
+
+
+def _fetch(source: "str | PathLike[str]", files: Sequence[str], revision: str | None) -> Path:
+    """A folder whose files are its own, or a snapshot with what of a Hub repository fits the patterns."""
+    folder = Path(source)
+    if folder.is_dir():
+        _refuse_links(folder)
+        return folder
+    try:
+        return Path(
+            snapshot_download(str(source), revision=revision, allow_patterns=list(files), ignore_patterns="*/*")
+        )
+    except Exception as error:  # of the Hub, of the network, of the disk
+        reason = describe_hub_error(error, str(source), revision)
+        raise CheckpointError(reason or f"{source}: cannot be downloaded: {error}") from error
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse links that lead out of a folder, and pipes and devices, which cannot be read to an end."""
+    root = folder.resolve()
+    # Snapshots of the Hub's cache are links to what is stored beside them.
+    roots = [root] if root.parent.name != "snapshots" else [root.parent.parent, Path(constants.HF_HOME).resolve()]
+    for file in folder.iterdir():
+        if file.is_dir() or not any(fnmatch.fnmatch(file.name, pattern) for pattern in _READ_FILES):
+            continue
+        if not any(file.resolve().is_relative_to(own) for own in roots):
+            raise CheckpointError(f"{file}: links to {file.resolve()}, out of its folder: put the file itself there.")
+        if not file.is_file():
+            raise CheckpointError(f"{file}: is no file that can be read: put the file itself there.")
 
 
 def is_hub_id(name: str) -> bool:
@@ -191,13 +249,87 @@ def _load_adapter(source: str, folder: Path, dtype: torch.dtype) -> MoECLIPModel
     return full.to(dtype)
 
 
-def _refuse_missing_weights(source: str, report: dict[str, Any]) -> None:
-    lacking = sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]})
+def _load_full(source: str, folder: Path, dtype: torch.dtype, **pinned: Any) -> MoECLIPModel:
+    """A whole model, whose weights are just those that its configuration asks for, all of them finite."""
+    lacking = check_weights(source, read_headers(folder), MoECLIPModel, MoECLIPConfig.from_pretrained(folder))
     if lacking:
         raise CheckpointError(
             f"{source}: lacks {len(lacking)} of MoECLIP's weights ({lacking[0]}, ...): a plain CLIP has to be "
             "trained, or joined with an adapter by `moeclip convert`, before it can score images."
         )
+    with quiet_transformers():
+        model = MoECLIPModel.from_pretrained(source, dtype=dtype, use_safetensors=True, **pinned)
+    refuse_non_finite(source, model.state_dict())
+    return model
+
+
+def check_processor(source: str, processor: MoECLIPProcessor) -> None:
+    """
+    Refuse a processor with whose settings no image could be scored, or every one wrongly.
+
+    Args:
+        source (`str`): names the checkpoint in errors.
+        processor ([`MoECLIPProcessor`])
+
+    Raises:
+        CheckpointError: naming the setting and its value.
+    """
+    images = processor.image_processor
+    if not isinstance(images, MoECLIPImageProcessor):
+        raise CheckpointError(f"{source}: its image processor is a {type(images).__name__}, another model's.")
+    edges = max(images.size.values())
+    faults = {
+        f"image_threshold ({processor.image_threshold!r}) is not 0 to 1": _is_score(processor.image_threshold),
+        f"pixel_threshold ({processor.pixel_threshold!r}) is not 0 to 1": _is_score(processor.pixel_threshold),
+        f"patch_size ({images.patch_size!r}) is no number of pixels": _is_size(images.patch_size),
+        f"size ({images.size}) is over {_MAX_EDGE} pixels": edges <= _MAX_EDGE,
+        f"image_mean ({images.image_mean}) is not three finite numbers": _is_per_channel(images.image_mean),
+        f"image_std ({images.image_std}) is not three positive numbers": _is_per_channel(images.image_std)
+        and min(images.image_std) > 0,
+    }
+    for fault, is_sound in faults.items():
+        if not is_sound:
+            raise CheckpointError(f"{source}: its processor cannot be used: {fault}.")
+
+
+def _is_score(value: Any) -> bool:
+    # A calibrated threshold may be the number next to 1, which no score reaches.
+    return isinstance(value, (int, float)) and 0 <= value <= 1 + 1e-6
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+def _is_per_channel(values: Sequence[Any]) -> bool:
+    return len(values) == 3 and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+
+
+def _refuse_other_processor(source: str, processor: MoECLIPProcessor, config: MoECLIPConfig) -> None:
+    """Refuse a processor that was made for another model."""
+    vision: Any = config.vision_config
+    text: Any = config.text_config
+    patch_size = processor.image_processor.patch_size
+    if (patch_size, 3) != (vision.patch_size, vision.num_channels):
+        raise CheckpointError(
+            f"{source}: its processor is another model's: it makes patches of {patch_size} pixels and 3 channels, "
+            f"and the model takes {vision.patch_size} and {vision.num_channels}."
+        )
+    if difference := tokenizer_difference(processor.tokenizer, text):
+        raise CheckpointError(f"{source}: its tokenizer is another model's: {difference}.")
+    processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, text.max_position_embeddings)
+
+
+def tokenizer_difference(tokenizer: "PreTrainedTokenizerBase", text_config: "CLIPTextConfig") -> str | None:
+    """Say in what a tokenizer is not the one of a text tower, if it is not."""
+    end = text_config.eos_token_id
+    end = text_config.vocab_size - 1 if end == _LEGACY_END_ID else end
+    if len(tokenizer) <= text_config.vocab_size and tokenizer.eos_token_id == end:
+        return None
+    return (
+        f"it has {len(tokenizer)} tokens and ends texts with {tokenizer.eos_token_id}, where the text tower has "
+        f"{text_config.vocab_size} and expects {end}"
+    )
 
 
 def _usable_device(device: str | torch.device) -> torch.device:
