@@ -200,7 +200,9 @@ def test_an_unknown_variant_is_named_with_all_there_are(monkeypatch, capsys):
         call(monkeypatch, "--clip", "x", "--variants", "full", "no-lora")
     assert stop.value.code == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "no variant 'no-lora'; there are full, no-fofs, no-etf, no-fofs-no-etf, no-paa, and K=N" in message
+    assert "no variant 'no-lora'; there are full, no-fofs, no-etf, no-fofs-no-etf, no-paa, no-depthwise, and K=N" in (
+        message
+    )
 
 
 @pytest.mark.parametrize(
