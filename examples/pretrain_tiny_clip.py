@@ -1,6 +1,6 @@
 """Pretrain a tiny CLIP on rendered textures with captions, for the embedded checkpoint to start from.
 
-    python -m examples.pretrain_tiny_clip --output-dir outputs/tiny-clip [--max-steps 12000] [--batch-size 16]
+    python -m examples.pretrain_tiny_clip --output-dir outputs/tiny-clip [--max-steps 9000] [--batch-size 16]
 
 The towers are transformers' `CLIPModel` at a hundredth of the size, trained from nothing: images against captions, and
 two kinds of extra signal, since a CLIP of this size sees a hundred thousand images where the real one saw hundreds of
@@ -217,7 +217,7 @@ class PretrainingModel(nn.Module):
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon for some matrices and AdamW for all other parameters, as one optimizer."""
+    """Muon for matrices of the vision tower's blocks and AdamW for all other parameters, as one optimizer."""
 
     def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], learning_rate: float):
         # Muon's steps are scaled to be as long as AdamW's, and may be some times longer.
@@ -254,7 +254,8 @@ class PretrainingTrainer(Trainer):
     def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
             named = dict(self.model.named_parameters())
-            matrices = {name: weight for name, weight in named.items() if ".layers." in name and weight.ndim == 2}
+            blocks = re.compile(r"clip\.vision_model\.encoder\.layers\..*\.weight")
+            matrices = {name: weight for name, weight in named.items() if blocks.match(name) and weight.ndim == 2}
             others = [weight for name, weight in named.items() if name not in matrices]
             self.optimizer = MuonWithAdamW(list(matrices.values()), others, self.args.learning_rate)
         return self.optimizer
@@ -278,7 +279,7 @@ class PretrainingTrainer(Trainer):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/tiny-clip"))
-    parser.add_argument("--max-steps", type=int, default=12000)
+    parser.add_argument("--max-steps", type=int, default=9000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--save-steps", type=int, default=500)
