@@ -137,6 +137,9 @@ def open_image(file: str | Path | IO[bytes], name: str | None = None) -> Image.I
             animation, or pages. Of a camera's multi-picture file the photograph is read, not its previews.
     """
     with _opened(file, name) as image:
+        if image.format == "PNG":
+            image.verify()  # else pixels would be decoded in spite of wrong checksums; what was verified is used up
+    with _opened(file, name) as image:
         # Which of several is meant is not known, and a defect on the others would be missed in silence.
         if image.format != "MPO" and getattr(image, "is_animated", False):
             raise ValueError("it holds several images: save the one that is meant as a file of its own")

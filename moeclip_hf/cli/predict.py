@@ -1,7 +1,9 @@
 """`moeclip predict`: scores, verdicts and heat maps for images."""
 
+import hashlib
 import json
 import math
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 # Of the images whose overlays wait to be written, beside the one that is: so that memory grows neither with their
 # number nor with their size.
 _PIXELS_AHEAD = 1 << 23
+# In bytes, so that file systems, which take 255, take it with an ending as well.
+_LONGEST_NAME = 240
 
 
 class MapFormat(str, Enum):
@@ -212,14 +216,23 @@ def _tile_size(tile: str | None) -> int | None:
 
 def _output_names(paths: list[Path]) -> dict[Path, Path]:
     """Name each image's results: by its stem where that is unique, else by its whole path below the common folder."""
-    import os
-
     stems = [path.stem for path in paths]
     if len(set(stems)) == len(paths):
-        return dict(zip(paths, map(Path, stems), strict=True))
-    absolute = [path.absolute() for path in paths]
-    common = os.path.commonpath([path.parent for path in absolute])
-    return {path: full.relative_to(common) for path, full in zip(paths, absolute, strict=True)}
+        names = list(map(Path, stems))
+    else:
+        absolute = [path.absolute() for path in paths]
+        common = os.path.commonpath([path.parent for path in absolute])
+        names = [full.relative_to(common) for full in absolute]
+    return {path: name.with_name(_short(name.name, path)) for path, name in zip(paths, names, strict=True)}
+
+
+def _short(name: str, path: Path) -> str:
+    """The name, or, where no file could bear it with an ending, its beginning and a digest of the path."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.blake2b(os.fsencode(path), digest_size=8).hexdigest()
+    return f"{os.fsdecode(encoded[: _LONGEST_NAME - len(digest) - 1])}-{digest}"
 
 
 def _describe(prediction: "Prediction", class_name: str, threshold: float) -> dict[str, Any]:
