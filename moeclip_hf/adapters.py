@@ -146,6 +146,8 @@ def load_adapter(
     bare = _load_base(str(base), str(adapter), config.base_settings, **base_kwargs)
     try:
         adapted = PeftModel.from_pretrained(bare, str(folder), adapter_name=adapter_name, is_trainable=is_trainable)
+    except KeyError as error:
+        raise CheckpointError(f"{adapter}: lacks a weight of its heads: {_one_line(error)}.") from error
     except Exception as error:  # whatever settings that do not fit the base lead to
         raise CheckpointError(f"{adapter}: cannot be put into {base}: {_one_line(error)}") from error
     loaded = get_peft_model_state_dict(adapted, adapter_name=adapter_name, save_embedding_layers=False)

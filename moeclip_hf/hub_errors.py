@@ -45,6 +45,8 @@ def describe_hub_error(error: BaseException, repo_id: str, revision: str | None 
     return None
 
 
+# What a busy or failing server answers, and not on account of what was asked.
+_PASSING = (408, 429, 500, 502, 503, 504)
 _NOT_CACHED = (errors.LocalEntryNotFoundError, errors.RevisionResolutionError)
 
 
@@ -55,7 +57,8 @@ def _describe_status(error: errors.HfHubHTTPError, repo_id: str) -> str:
     if status == 403:
         return f"{repo_id}: the token has no right to do this: take one that has."
     said = " ".join((error.server_message or f"status {status}").split())
-    return f"{repo_id}: the Hub at {constants.ENDPOINT} answered: {said}"
+    passes = ": try again later." if status in _PASSING else ""
+    return f"{repo_id}: the Hub at {constants.ENDPOINT} answered: {said.rstrip('.') if passes else said}{passes}"
 
 
 def _requested_file(error: errors.HfHubHTTPError) -> str:

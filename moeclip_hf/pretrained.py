@@ -195,7 +195,9 @@ def _fetch(source: "str | PathLike[str]", files: Sequence[str], revision: str | 
         )
     except Exception as error:  # of the Hub, of the network, of the disk
         reason = describe_hub_error(error, str(source), revision)
-        raise CheckpointError(reason or f"{source}: cannot be downloaded: {error}") from error
+        if reason is None:
+            reason = f"{source}: cannot be downloaded: {' '.join(str(error).split()) or type(error).__name__}"
+        raise CheckpointError(reason) from error
 
 
 def _refuse_links(folder: Path) -> None:
