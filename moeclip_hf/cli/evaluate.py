@@ -138,10 +138,10 @@ def _finish(results: list[EvaluationResult], belongs_to: dict[str, Any], output_
 
 
 def _print_result(result: EvaluationResult) -> None:
-    from moeclip_hf.evaluation.results import caveat, dataset_table
+    from moeclip_hf.evaluation.results import caveats, dataset_table
 
     _print_table(dataset_table(result), f"{result.dataset} ({result.domain}), in percent")
-    if note := caveat(result):
+    for note in caveats(result):
         typer.echo(note)
 
 

@@ -57,7 +57,7 @@ def load_data(
                 f"benchmark '{name}' needs the folder that holds it (for a folder of that name: ./{name})"
             )
         return load_benchmark(name, data_dir, split, classes)
-    if path.suffix in (".json", ".jsonl"):
+    if path.suffix in (".json", ".jsonl") and not path.is_dir():
         return load_index(path, data_dir, split, classes, domain=domain)
     if path.is_dir() and not is_datasets_folder(path):
         return load_folder(path, split, classes, domain=domain)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -33,21 +34,28 @@ class ScoredBatches:
         self.folder = folder
         recorded = folder / _SETTINGS_FILE
         if recorded.exists():
-            _refuse_other_settings(json.loads(recorded.read_text()), settings, folder)
+            _refuse_other_settings(recorded, settings, folder)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(recorded, json.dumps(settings, indent=2).encode())
+            # Left of a folder that was being deleted: nobody knows which settings they were scored under.
+            for number in self.numbers():
+                self._path(number).unlink()
+            write_whole(recorded, json.dumps(settings, indent=2).encode())
 
     def numbers(self) -> set[int]:
         """Numbers of the batches that are there."""
-        return {int(path.stem) for path in self.folder.glob("*.npz")}
+        return {int(path.stem) for path in self.folder.glob("[0-9]*.npz")}
 
     def save(self, number: int, batch: ScoredBatch) -> None:
-        """Write a batch; a crash leaves it whole or not at all."""
-        partial = self.folder / "partial"
-        with partial.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **batch.arrays())
-        os.replace(partial, self._path(number))
+        """
+        Write a batch; a crash leaves it whole or not at all.
+
+        Raises:
+            MoECLIPError: if it cannot be written, as on a full disk.
+        """
+        content = io.BytesIO()
+        np.savez_compressed(content, allow_pickle=False, **batch.arrays())
+        write_whole(self._path(number), content.getvalue())
 
     def load(self, number: int) -> ScoredBatch:
         """
@@ -60,28 +68,38 @@ class ScoredBatches:
         try:
             with np.load(path) as arrays:
                 return ScoredBatch(**arrays)
-        except (OSError, ValueError, TypeError, BadZipFile) as error:
+        except (OSError, ValueError, TypeError, EOFError, BadZipFile, zlib.error) as error:
             raise MoECLIPError(f"{path}: is damaged: delete it, and its batch is scored again") from error
-
-    def remove(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.folder)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.npz"
 
 
-def _refuse_other_settings(recorded: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
-    other = [name for name in settings if recorded.get(name) != settings[name]]
+def _refuse_other_settings(recorded: Path, settings: dict[str, Any], folder: Path) -> None:
+    try:
+        found = dict(json.loads(recorded.read_text()))
+    except (ValueError, TypeError) as error:
+        raise MoECLIPError(f"{recorded}: is damaged: delete {folder}, and all is scored again") from error
+    other = [name for name in settings if found.get(name) != settings[name]]
     if other:
-        difference = ", ".join(f"{name} {recorded.get(name)}, not {settings[name]}" for name in other)
+        difference = ", ".join(f"{name} {found.get(name)}, not {settings[name]}" for name in other)
         raise MoECLIPError(
             f"{folder}: holds an unfinished evaluation of other settings ({difference}): go on with those, write "
             f"elsewhere, or delete that folder"
         )
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+def write_whole(path: Path, content: bytes) -> None:
+    """
+    Write a file; a crash leaves it as it was, or whole.
+
+    Raises:
+        MoECLIPError: naming what cannot be written, and why.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise MoECLIPError(f"{path}: cannot be written ({error.strerror})") from error

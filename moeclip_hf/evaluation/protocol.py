@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +15,7 @@ import torch
 from torch import distributed
 
 from moeclip_hf._version import __version__
+from moeclip_hf.data.records import digest_rows
 from moeclip_hf.errors import DatasetError
 from moeclip_hf.evaluation.checkpointing import ScoredBatches
 from moeclip_hf.evaluation.results import EvaluationResult, GroupResult
@@ -76,7 +77,7 @@ def evaluate(
         "dtype": str(pretrained.model.dtype).removeprefix("torch."),
         "device": pretrained.model.device.type,
         "weights": weights_digest(pretrained),
-        "images": _digest(f"{path} {label} {name}" for path, label, name in _identities(rows)),
+        "images": digest_rows(rows),
         "moeclip-hf": __version__,
         "torch": torch.__version__,
     }
@@ -108,8 +109,10 @@ def _count(
     with ExitStack() as stack:
         writer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="writer"))
         stack.enter_context(tally)
-        writes = []
+        writes: deque[Future[None]] = deque()
         for batch in plan:
+            while writes and writes[0].done():  # a full disk is known now, not after hours
+                writes.popleft().result()
             if kept is not None and batch.number in done:
                 found = kept.load(batch.number)
             else:
@@ -193,11 +196,3 @@ def _only(rows: Dataset, column: str) -> Any:
         what = "no images" if not values else f"images of several kinds of {column}: {', '.join(sorted(values))}"
         raise DatasetError(f"an evaluation takes the images of one data set; there are {what}")
     return values.pop()
-
-
-def _identities(rows: Dataset) -> Iterator[tuple[str, int, str]]:
-    yield from zip(rows["image_path"], rows["label"], rows["prompt_name"], strict=True)
-
-
-def _digest(lines: Iterator[str]) -> str:
-    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeclip_hf.data import BENCHMARKS, PUBLISHED_MEAN, REPRODUCED_MEAN, Results, find_benchmark
+from moeclip_hf.evaluation.checkpointing import write_whole
 
 if TYPE_CHECKING:
     from moeclip_hf.metrics import Curve
@@ -27,6 +30,13 @@ METRICS = {
     "pixel_aupro": "pixel AUPRO",
 }
 """The seven figures and their headings."""
+
+MASK_FAULTS = {
+    "missing": "have no mask: they count for the image figures only",
+    "empty": "have a mask without an anomalous pixel at the size of the maps",
+    "other_size": "have a mask of another size, which was stretched to theirs",
+}
+"""What may be wrong with anomalous images' masks, and is told with the figures."""
 
 UNDEFINED = "—"
 
@@ -56,6 +66,7 @@ class GroupResult:
         curves: as `AnomalyMetrics.curves` gives them.
         scores: (row, label, the benchmark's image score) of every image, by row.
         heats: images with the highest and the lowest scores.
+        mask_faults: number of anomalous images by what is wrong with their masks, as `MASK_FAULTS` names it.
     """
 
     group: str
@@ -66,6 +77,7 @@ class GroupResult:
     curves: Mapping[str, Curve | None] = field(repr=False)
     scores: tuple[tuple[int, int, float], ...] = field(repr=False)
     heats: tuple[Heat, ...] = field(repr=False)
+    mask_faults: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,11 @@ class EvaluationResult:
         return sum(group.anomalous for group in self.groups)
 
     @property
+    def mask_faults(self) -> dict[str, int]:
+        """Number of anomalous images by what is wrong with their masks, of those of `MASK_FAULTS` that there are."""
+        return dict(sum((Counter(group.mask_faults) for group in self.groups), Counter()))
+
+    @property
     def is_whole_benchmark(self) -> bool:
         """Whether these are all the images of a benchmark, so that its published figures compare."""
         benchmark = find_benchmark(self.dataset)
@@ -121,6 +138,7 @@ class EvaluationResult:
             "domain": self.domain,
             "normal": self.normal,
             "anomalous": self.anomalous,
+            "mask_faults": self.mask_faults,
             "is_whole_benchmark": self.is_whole_benchmark,
             "metrics": self.metrics,
             **self.references,
@@ -181,30 +199,43 @@ def summary_table(results: Sequence[EvaluationResult]) -> list[list[str]]:
     return rows
 
 
-def caveat(result: EvaluationResult) -> str:
-    """What has to be said where published figures stand beside figures of other images; else nothing."""
+def caveats(result: EvaluationResult) -> list[str]:
+    """What has to be said of masks that are not as they should be, and of published figures beside other images'."""
+    notes = [
+        f"{result.mask_faults[name]} of {result.anomalous} anomalous images {what}."
+        for name, what in MASK_FAULTS.items()
+        if name in result.mask_faults
+    ]
     benchmark = find_benchmark(result.dataset)
-    if benchmark is None or result.is_whole_benchmark:
-        return ""
-    return (
-        f"Published figures are of {benchmark.normal}/{benchmark.anomalous} images, these of "
-        f"{result.normal}/{result.anomalous}: they do not compare."
-    )
+    if benchmark is not None and not result.is_whole_benchmark:
+        notes.append(
+            f"Published figures are of {benchmark.normal}/{benchmark.anomalous} images, these of "
+            f"{result.normal}/{result.anomalous}: they do not compare."
+        )
+    return notes
 
 
 def write_reports(results: Sequence[EvaluationResult], provenance: Mapping[str, Any], output_dir: Path) -> None:
-    """Write `results.json`, `results.csv` and `results.md`."""
+    """Write `results.json`, `results.csv` and `results.md`; a crash leaves each as it was, or as it is to be."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    document = to_document(results, provenance)
-    (output_dir / "results.json").write_text(json.dumps(document, indent=2) + "\n")
-    with (output_dir / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["dataset", "group", "normal", "anomalous", *METRICS])
-        for result in results:
-            for group in result.groups:
-                figures = [group.metrics[name] for name in METRICS]
-                writer.writerow([result.dataset, group.group, group.normal, group.anomalous, *figures])
-    (output_dir / "results.md").write_text(_markdown(results, provenance), encoding="utf-8")
+    reports = {
+        "results.json": json.dumps(to_document(results, provenance), indent=2) + "\n",
+        "results.csv": _csv(results),
+        "results.md": _markdown(results, provenance),
+    }
+    for name, text in reports.items():
+        write_whole(output_dir / name, text.encode())
+
+
+def _csv(results: Sequence[EvaluationResult]) -> str:
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(["dataset", "group", "normal", "anomalous", *METRICS])
+    for result in results:
+        for group in result.groups:
+            figures = [group.metrics[name] for name in METRICS]
+            writer.writerow([result.dataset, group.group, group.normal, group.anomalous, *figures])
+    return file.getvalue()
 
 
 def _markdown(results: Sequence[EvaluationResult], provenance: Mapping[str, Any]) -> str:
@@ -219,8 +250,7 @@ def _markdown(results: Sequence[EvaluationResult], provenance: Mapping[str, Any]
         parts.append(markdown_table(summary_table(results)))
     for result in results:
         parts += [f"## {result.dataset} ({result.domain})", markdown_table(dataset_table(result))]
-        if note := caveat(result):
-            parts.append(note)
+        parts += caveats(result)
     return "\n\n".join(parts) + "\n"
 
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -46,12 +46,14 @@ class ScoredBatch:
         image_scores: (B,) the model's own, (cos t_a + 1) / 2, float32.
         masks: (B, ceil(H W / 8)) at the maps' full size, a bit a pixel; empty ones where the mask is not known.
         has_mask: (B,) whether an image's mask is known.
+        other_size: (B,) whether it has another size than the image, to which it was brought.
     """
 
     grids: NDArray[np.float32]
     image_scores: NDArray[np.float32]
     masks: NDArray[np.uint8]
     has_mask: NDArray[np.bool_]
+    other_size: NDArray[np.bool_]
 
     def arrays(self) -> dict[str, NDArray]:
         """Its fields by name, to be saved."""
@@ -101,26 +103,27 @@ def score_batches(
 
     stored = leave_undecoded(rows)
 
-    def read(index: int) -> tuple[torch.Tensor, NDArray[np.bool_] | None]:
+    def read(index: int) -> tuple[torch.Tensor, NDArray[np.bool_] | None, bool]:
         row = read_row(stored, index)
+        other_size = bool(row["label"] and row["mask"] is not None and row["mask"].size != row["image"].size)
         edges = {"height": size[0], "width": size[1]}
         pixel_values = processor(images=row["image"], size=edges, return_tensors="pt")["pixel_values"]
-        return pixel_values, _resized(read_mask(row), size)
+        return pixel_values, _resized(read_mask(row), size), other_size
 
     depth = 2 * max((len(batch.indices) for batch in batches), default=1)
     images = read_ahead(read, chain.from_iterable(batch.indices for batch in batches), depth, _READERS)
     # An accelerator is given the next batch before the results of the last one are waited for.
     behind = int(model.device.type != "cpu")
-    launched: deque[tuple[torch.Tensor, torch.Tensor, tuple[NDArray[np.bool_] | None, ...]]] = deque()
+    launched: deque[tuple[Any, ...]] = deque()
     for batch in batches:
-        pixel_values, masks = zip(*islice(images, len(batch.indices)), strict=True)
+        pixel_values, masks, other_size = zip(*islice(images, len(batch.indices)), strict=True)
         with torch.inference_mode():
             outputs = model(
                 torch.cat(pixel_values).to(model.device, model.dtype),
                 text_embeds=torch.cat([anchors[prompt_names[index]] for index in batch.indices]),
             )
             grids = processor.post_process_anomaly_maps(outputs, outputs.anomaly_logits.shape[-2:], domain)
-            launched.append((grids, (outputs.logits_per_image[:, 1] + 1) / 2, masks))
+            launched.append((grids, (outputs.logits_per_image[:, 1] + 1) / 2, masks, other_size))
         if len(launched) > behind:
             yield _collect(*launched.popleft(), size)
     while launched:
@@ -128,7 +131,11 @@ def score_batches(
 
 
 def _collect(
-    grids: torch.Tensor, image_scores: torch.Tensor, masks: tuple[NDArray[np.bool_] | None, ...], size: Size
+    grids: torch.Tensor,
+    image_scores: torch.Tensor,
+    masks: tuple[NDArray[np.bool_] | None, ...],
+    other_size: tuple[bool, ...],
+    size: Size,
 ) -> ScoredBatch:
     unknown = np.zeros(size, dtype=bool)
     full = np.stack([unknown if mask is None else mask for mask in masks])
@@ -137,6 +144,7 @@ def _collect(
         image_scores=image_scores.float().cpu().numpy(),
         masks=np.packbits(full.reshape(len(full), -1), axis=1),
         has_mask=np.array([mask is not None for mask in masks]),
+        other_size=np.array(other_size),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
@@ -75,10 +76,17 @@ class _Lane:
         self.metrics = AnomalyMetrics(domain)
         self.indices: list[int] = []
         self.grids: list[NDArray[np.float32]] = []
+        self.mask_faults: Counter[str] = Counter()
 
     def update(self, indices: tuple[int, ...], scored: ScoredBatch, labels: NDArray[np.int64], size: Size) -> None:
         maps = upsample(torch.from_numpy(scored.grids), size).numpy()
         masks = scored.full_masks(size)
+        faults = {
+            "missing": (labels == 1) & ~scored.has_mask,
+            "empty": (labels == 1) & scored.has_mask & ~masks.any(axis=(1, 2)),
+            "other_size": scored.other_size,
+        }
+        self.mask_faults.update({name: int(found.sum()) for name, found in faults.items()})
         for known in (True, False):
             of_kind = np.flatnonzero(scored.has_mask == known)
             if of_kind.size:
@@ -115,6 +123,7 @@ class _Group:
             curves=total.curves(),
             scores=tuple(zip(indices[order].tolist(), labels[order].tolist(), scores[order].tolist(), strict=True)),
             heats=_pictured(indices, labels, scores, grids),
+            mask_faults=sum((lane.mask_faults for lane in self.lanes), Counter()),
         )
 
 
