@@ -6,19 +6,14 @@ Both sides run MoECLIP at ViT-L/14's sizes on the same batches (random weights, 
 reads rendered textures of 1024 pixels and their masks, resizes them, and computes all figures and curves.
 """
 
-import argparse
-import platform
 import tempfile
 from pathlib import Path
-from statistics import median
 
 import torch
-import transformers
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.alternating import alternate, ratio
 from benchmarks.forward import random_model
+from benchmarks.report import Goal, Report, argument_parser, publish, timing_rows
 from moeclip_hf import MoECLIPImageProcessor, MoECLIPProcessor
 from moeclip_hf.data import load_data
 from moeclip_hf.data.textures import write_texture_benchmark
@@ -27,7 +22,7 @@ from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, Pretrained
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--image-size", type=int, default=518)
     parser.add_argument("--batch-size", type=int, default=2)
@@ -56,15 +51,9 @@ def main() -> None:
         }
         seconds = alternate(sides, args.rounds)
 
-    table = Table(
-        "side", "median s", "min s", "max s", "over the forward passes",
-        title=f"{args.images} images, {args.image_size} px, ViT-L/14, float32, {torch.get_num_threads()} threads",
-        caption=f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}",
-    )  # fmt: skip
-    for name, values in seconds.items():
-        relative = ratio(seconds, name, "forward passes")
-        table.add_row(name, *(f"{f(values):.2f}" for f in (median, min, max)), f"{relative:.3f}")
-    Console().print(table)
+    title = f"Evaluation of {args.images} images of 1024 px at {args.image_size} px, float32"
+    goal = Goal("evaluation over its forward passes alone", ratio(seconds, "evaluation", "forward passes"), 1.10)
+    publish([Report(title, timing_rows(seconds, "forward passes"), [goal])], args.output)
 
 
 if __name__ == "__main__":

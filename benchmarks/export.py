@@ -10,23 +10,19 @@ depend on weights, but it takes minutes and 10 GB of memory.
 images and of pixels, each the mean over the families.
 """
 
-import argparse
-import platform
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
 import numpy as np
-import onnxruntime
 import torch
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.alternating import alternate, ratio
+from benchmarks.alternating import alternate
 from benchmarks.forward import random_model
+from benchmarks.report import Report, argument_parser, publish, timing_rows
 from moeclip_hf import MoECLIPImageProcessor, MoECLIPProcessor
 from moeclip_hf.data import load_data, read_mask
 from moeclip_hf.data.textures import FAMILIES, write_texture_benchmark
@@ -45,28 +41,22 @@ def large_model() -> Pretrained:
     return Pretrained(random_model(), MoECLIPProcessor(MoECLIPImageProcessor(), tokenizer))
 
 
-def time_sides(sides: dict[str, Detector], sizes: dict[str, int], images: int, rounds: int) -> Table:
-    """A table of seconds and megabytes."""
+def time_sides(sides: dict[str, Detector], sizes: dict[str, int], images: int, rounds: int) -> Report:
+    """Seconds and megabytes."""
     edge = min(sides[TORCH].processor.image_processor.size.values())
     pixel_values = torch.randn(images, 3, edge, edge)
     encoded = {name: side.encode_class(CLASS_NAMES[0]) for name, side in sides.items()}
     seconds = alternate(
         {name: lambda name=name: sides[name].patch_maps(pixel_values, encoded[name]) for name in sides}, rounds
     )
-    table = Table(
-        "side", "median s", "min s", "max s", "over torch", "MB",
-        title=f"{images} x {edge} px, {torch.get_num_threads()} threads, {rounds} rounds",
-        caption=f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {platform.machine()}",
-    )  # fmt: skip
-    for name, values in seconds.items():
-        times = (f"{f(values):.4f}" for f in (median, min, max))
-        size = f"{sizes[name] / 1e6:.1f}" if name in sizes else "-"
-        table.add_row(name, *times, f"{ratio(seconds, name, TORCH):.3f}", size)
-    return table
+    rows = timing_rows(seconds, TORCH, digits=4)
+    for row in rows:
+        row.append("MB" if row is rows[0] else f"{sizes[row[0]] / 1e6:.1f}" if row[0] in sizes else "-")
+    return Report(f"Forward, {images} x {edge} px, exported", rows)
 
 
-def score_textures(sides: dict[str, Detector], root: Path) -> Table:
-    """A table of AUROC over a benchmark of textures: half of a family's images are normal."""
+def score_textures(sides: dict[str, Detector], root: Path) -> Report:
+    """AUROC over a benchmark of textures: half of a family's images are normal."""
     rows = load_data(root)
     by_class = defaultdict(list)
     for index, class_name in enumerate(rows["prompt_name"]):
@@ -82,17 +72,14 @@ def score_textures(sides: dict[str, Detector], root: Path) -> Table:
             grids, scores = side.patch_maps(pixel_values, side.encode_class(class_name))
             maps = upsample(grids, masks.shape[1:]).numpy()
             figures[name].append((roc_auc_score(labels, scores), roc_auc_score(masks.ravel(), maps.ravel())))
-    table = Table(
-        "side", "image AUROC", "pixel AUROC",
-        title=f"{len(rows)} rendered textures of {len(by_class)} families",
-    )  # fmt: skip
+    table = [["side", "image AUROC", "pixel AUROC"]]
     for name, pairs in figures.items():
-        table.add_row(name, *(f"{100 * mean(values):.2f}" for values in zip(*pairs, strict=True)))
-    return table
+        table.append([name, *(f"{100 * mean(values):.2f}" for values in zip(*pairs, strict=True))])
+    return Report(f"{len(rows)} rendered textures of {len(by_class)} families, exported", table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--model", choices=["embedded", "large"], default="embedded")
     parser.add_argument("--images", type=int, default=1, help="in a batch")
     parser.add_argument("--rounds", type=int, default=20)
@@ -101,27 +88,30 @@ def main() -> None:
     if args.auroc and args.model == "large":
         parser.error("--auroc takes the embedded checkpoint: random weights find nothing")
 
-    console = Console()
     pretrained = large_model() if args.model == "large" else load_pretrained(device="cpu", dtype="float32")
     with tempfile.TemporaryDirectory() as folder:
-        with console.status("exporting"):
-            exported = export_onnx(pretrained, CLASS_NAMES, Path(folder) / "exported", int8=True)
-        console.print(
-            f"Largest difference from torch on random images: {exported.largest_difference:.1e}; "
-            f"of 8 bits {exported.int8_difference:.1e}"
-        )
+        exported = export_onnx(pretrained, CLASS_NAMES, Path(folder) / "exported", int8=True)
+        differences = [
+            ["", "largest difference from torch on random images"],
+            [ONNX, f"{exported.largest_difference:.1e}"],
+            [INT8, f"{exported.int8_difference:.1e}"],
+        ]
         sides: dict[str, Detector] = {
             TORCH: pretrained,
             ONNX: load_onnx(exported.folder, "cpu"),
             INT8: load_onnx(exported.folder / INT8_GRAPH, "cpu"),
         }
         sizes = {ONNX: exported.sizes[GRAPH], INT8: exported.sizes[INT8_GRAPH]}
-        console.print(time_sides(sides, sizes, args.images, args.rounds))
+        reports = [
+            Report("Exported graphs", differences),
+            time_sides(sides, sizes, args.images, args.rounds),
+        ]
         if args.auroc:
             root = Path(folder) / "textures"
             half = args.auroc // 2
             write_texture_benchmark(root, normal=args.auroc - half, anomalous=half)
-            console.print(score_textures(sides, root))
+            reports.append(score_textures(sides, root))
+        publish(reports, args.output)
 
 
 if __name__ == "__main__":

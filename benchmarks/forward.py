@@ -1,24 +1,20 @@
 """Forward pass of MoECLIP beside the vision tower that it cannot do without.
 
-    python -m benchmarks.forward [--images 1] [--image-size 518] [--rounds 5]
+    python -m benchmarks.forward [--images 1 4] [--image-size 518] [--rounds 5]
 
 Both sides have ViT-L/14's sizes, random weights (speed does not depend on them), float32 and SDPA attention, and run
 in turn. MoECLIP's side computes everything that scores and maps are made of, anchors apart, which are computed once a
 class.
 """
 
-import argparse
-import platform
-from statistics import median
-
 import torch
-import transformers
-from rich.console import Console
-from rich.table import Table
 from transformers import CLIPVisionModel
 
 from benchmarks.alternating import alternate, ratio
+from benchmarks.report import Goal, Report, argument_parser, publish, timing_rows
 from moeclip_hf import MoECLIPConfig, MoECLIPModel
+
+TOWER, MOECLIP = "transformers CLIP vision tower", "MoECLIP"
 
 
 def random_model() -> MoECLIPModel:
@@ -38,33 +34,30 @@ def bare_tower(model: MoECLIPModel) -> CLIPVisionModel:
     return tower.eval()
 
 
+def measure(model: MoECLIPModel, tower: CLIPVisionModel, images: int, image_size: int, rounds: int) -> Report:
+    """Both sides on a batch of random images."""
+    pixel_values = torch.randn(images, 3, image_size, image_size)
+    anchors = torch.nn.functional.normalize(torch.randn(1, 2, model.config.projection_dim), dim=-1)
+    sides = {
+        TOWER: lambda: tower(pixel_values, interpolate_pos_encoding=True),
+        MOECLIP: lambda: model(pixel_values, text_embeds=anchors),
+    }
+    with torch.inference_mode():
+        seconds = alternate(sides, rounds)
+    title = f"Forward, {images} x {image_size} px, float32"
+    return Report(title, timing_rows(seconds, TOWER), [Goal(title, ratio(seconds, MOECLIP, TOWER), 1.03)])
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=1)
+    parser = argument_parser(__doc__)
+    parser.add_argument("--images", type=int, nargs="+", default=[1])
     parser.add_argument("--image-size", type=int, default=518)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
 
     model = random_model()
     tower = bare_tower(model)
-    pixel_values = torch.randn(args.images, 3, args.image_size, args.image_size)
-    anchors = torch.nn.functional.normalize(torch.randn(1, 2, model.config.projection_dim), dim=-1)
-    sides = {
-        "transformers CLIP vision tower": lambda: tower(pixel_values, interpolate_pos_encoding=True),
-        "MoECLIP": lambda: model(pixel_values, text_embeds=anchors),
-    }
-    with torch.inference_mode():
-        seconds = alternate(sides, args.rounds)
-
-    table = Table(
-        "side", "median s", "min s", "max s", "over the bare tower",
-        title=f"Forward, {args.images} x {args.image_size} px, ViT-L/14, float32, {torch.get_num_threads()} threads",
-        caption=f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}",
-    )  # fmt: skip
-    for name, values in seconds.items():
-        relative = ratio(seconds, name, "transformers CLIP vision tower")
-        table.add_row(name, *(f"{f(values):.2f}" for f in (median, min, max)), f"{relative:.3f}")
-    Console().print(table)
+    publish([measure(model, tower, images, args.image_size, args.rounds) for images in args.images], args.output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """All seven figures over 3715 maps of 518 x 518, the 1.0 G pixels of `brain`, beside scikit-learn and torchmetrics.
 
-    python -m benchmarks.metrics [--images 3715] [--compared-images 128] [--json]
+    python -m benchmarks.metrics [--images 3715] [--compared-images 128]
 
 Each contender runs in a process of its own, on the same simulated images. Seconds are those spent in the contender,
 behind a warm-up, not in simulating images. Peak memory is the process's largest resident set. The other two keep every
@@ -8,23 +8,19 @@ pixel, so they get `--compared-images`, and so do we, once more. Neither has AUP
 weighted ROC curve, where a pixel of a region weighs 1 / area; torchmetrics goes without.
 """
 
-import argparse
-import json
 import multiprocessing
-import platform
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+
+from benchmarks.report import Goal, Report, argument_parser, publish
 
 SIZE = 518
 
@@ -179,46 +175,42 @@ def measure_apart(name: str, images: int) -> dict[str, Any]:
         return pool.submit(measure, name, images).result()
 
 
-def print_tables(runs: list[dict[str, Any]], missing: list[str]) -> None:
-    costs = Table(
-        "", "M pixels", "seconds", "ns a pixel", "peak GB", title="All seven figures (torchmetrics: six)",
-        caption=f"numpy {version('numpy')}, scikit-learn {version('scikit-learn')}, {platform.machine()}",
-    )  # fmt: skip
+def compose_reports(runs: list[dict[str, Any]], missing: list[str]) -> list[Report]:
+    costs = [["", "M pixels", "seconds", "ns a pixel", "peak GB"]]
     for run in runs:
         pixels, seconds, peak = run["pixels"], run["seconds"], run["peak_bytes"]
         cells = (f"{pixels / 1e6:.0f}", f"{seconds:.1f}", f"{seconds / pixels * 1e9:.0f}", f"{peak / 1e9:.2f}")
-        costs.add_row(run["name"], *cells)
+        costs.append([run["name"], *cells])
+    costs += [[f"{name}, not installed", "", "", "", ""] for name in missing]
+    whole = runs[-1]
+    of = f"seven figures on {whole['pixels'] / 1e9:.2g} G pixels"
+    goals = [
+        Goal(of, whole["seconds"], 60, unit=" s"),
+        Goal(f"{of}, memory", whole["peak_bytes"] / 1e9, 1, unit=" GB"),
+    ]
 
     reference = next(run for run in runs if run["name"] == "scikit-learn")
     others = [run for run in runs if run is not reference and run["pixels"] == reference["pixels"]]
-    agreement = Table(
-        "", "scikit-learn", *(f"{run['name']} off by" for run in others),
-        title=f"Agreement on the same {reference['pixels'] / 1e6:.0f} M pixels",
-    )  # fmt: skip
+    agreement = [["", "scikit-learn", *(f"{run['name']} off by" for run in others)]]
     for figure, exact in reference["figures"].items():
         values = [run["figures"][figure] for run in others]
-        agreement.add_row(figure, f"{exact:.6f}", *("-" if v is None else f"{v - exact:+.1e}" for v in values))
-
-    console = Console()
-    console.print(costs, agreement)
-    for name in missing:
-        console.print(f"{name} is not installed, so it was not measured.")
+        agreement.append([figure, f"{exact:.6f}", *("-" if v is None else f"{v - exact:+.1e}" for v in values)])
+    return [
+        Report("All seven figures (torchmetrics: six), each contender in a process of its own", costs, goals),
+        Report(f"Agreement on the same {reference['pixels'] / 1e6:.0f} M pixels", agreement),
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--images", type=int, default=3715)
     parser.add_argument("--compared-images", type=int, default=128)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
 
     missing = [name for name in ("torchmetrics",) if find_spec(name) is None]
     runs = [measure_apart(name, args.compared_images) for name in CONTENDERS if name not in missing]
     runs.append(measure_apart("moeclip-hf", args.images))
-    if args.json:
-        print(json.dumps({"runs": runs, "not_installed": missing}, indent=2))
-    else:
-        print_tables(runs, missing)
+    publish(compose_reports(runs, missing), args.output)
 
 
 if __name__ == "__main__":

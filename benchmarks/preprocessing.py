@@ -7,8 +7,6 @@ normalises; a training sample also reads a mask and is rotated, shifted and flip
 worker of a data loader doubles each rate, as long as there is a core for it.
 """
 
-import argparse
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +14,9 @@ from statistics import median
 
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.alternating import alternate, ratio
+from benchmarks.report import Goal, Report, argument_parser, publish
 from moeclip_hf import MoECLIPProcessor
 from moeclip_hf.data import load_folder
 from moeclip_hf.data.textures import write_texture_benchmark
@@ -27,7 +24,7 @@ from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT
 from moeclip_hf.training import TrainingSamples
 from moeclip_hf.training.samples import Draw
 
-PIL_ALONE = "PIL, decode and resize"
+PIL_ALONE, PREDICTION = "PIL, decode and resize", "prediction"
 
 
 def write_images(root: Path, count: int, edge: int, suffix: str) -> list[Path]:
@@ -60,11 +57,11 @@ def sides_of(root: Path, paths: list[Path], image_size: int) -> dict[str, Callab
         for row in range(len(samples)):
             samples[Draw(0, row)]
 
-    return {PIL_ALONE: decode_and_resize, "prediction": prepare, "training sample": draw_samples}
+    return {PIL_ALONE: decode_and_resize, PREDICTION: prepare, "training sample": draw_samples}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--edge", type=int, default=1024)
     parser.add_argument("--image-size", type=int, default=518)
@@ -72,19 +69,18 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    table = Table(
-        "files", "side", "images/s", "rate / PIL's",
-        title=f"{args.edge} px to {args.image_size} px, one core of {os.cpu_count()}",
-    )  # fmt: skip
+    rows, goals = [["files", "side", "images a second", "rate over PIL's"]], []
     with tempfile.TemporaryDirectory() as folder:
         for suffix in (".png", ".jpg"):
-            root = Path(folder) / suffix[1:]
+            root, kind = Path(folder) / suffix[1:], suffix[1:].upper()
             sides = sides_of(root, write_images(root, args.images, args.edge, suffix), args.image_size)
             seconds = alternate(sides, args.rounds)
             for side in sides:
                 rate = args.images / median(seconds[side])
-                table.add_row(suffix[1:], side, f"{rate:.1f}", f"{ratio(seconds, PIL_ALONE, side):.2f}")
-    Console().print(table)
+                rows.append([kind, side, f"{rate:.1f}", f"{ratio(seconds, PIL_ALONE, side):.3f}"])
+            over_pil = ratio(seconds, PIL_ALONE, PREDICTION)
+            goals.append(Goal(f"preprocessing of {kind} files, rate over PIL's", over_pil, 0.9, at_least=True))
+    publish([Report(f"{args.edge} px to {args.image_size} px on one core", rows, goals)], args.output)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,33 @@
 """A training step of MoECLIP beside a plain one, and beside the forward pass of the tower that neither can do without.
 
-    python -m benchmarks.training_step [--images 1] [--image-size 518] [--rounds 3] [--memory]
+    python -m benchmarks.training_step [--images 1] [--image-size 518] [--rounds 5] [--memory]
 
-All sides have ViT-L/14's sizes, random weights (speed does not depend on them) and float32, and run in turn. A step is
-the objective's forward pass, its backward pass and Adam. Seconds are those of the clock; on a machine with other work
-to do, run with OMP_NUM_THREADS=1 and read the seconds of the processor, of which waiting is no part. `--memory`
-measures, in a process for each side, how far a step's peak lies over what is held before the first one.
+All sides have ViT-L/14's sizes, random weights (speed does not depend on them) and float32. A step is the objective's
+forward pass, its backward pass and Adam. Each kind of step runs in turn with the tower, in a process of its own, as
+the plain one's gigabytes would disturb the other's allocations; glibc is told to keep memory that is freed, as it
+otherwise hands tens of megabytes back and forth at every layer. `--memory` measures, in further processes, how far the
+peak of two steps lies over what is held before the first one.
 """
 
-import argparse
 import multiprocessing
-import platform
+import os
 import threading
-import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 import torch
-import transformers
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.alternating import alternate, ratio
 from benchmarks.forward import bare_tower, random_model
 from benchmarks.plain_training import PlainMoECLIP
+from benchmarks.report import Goal, Report, argument_parser, publish, timing_rows
 from moeclip_hf import MoECLIPModel
 
 TOWER, PLAIN, FAST = "bare CLIP tower, forward", "plain MoECLIP, step", "MoECLIP, step"
+CHECKPOINTED = "MoECLIP, step, activation checkpointing"
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 
 
 def training_side(model: MoECLIPModel, plain: bool, images: int, image_size: int) -> Callable[[], None]:
@@ -65,30 +65,36 @@ def training_side(model: MoECLIPModel, plain: bool, images: int, image_size: int
     return step
 
 
-def on_the_processor(run: Callable[[], None], seconds: list[float]) -> Callable[[], None]:
-    """`run`, which adds the processor seconds of all its threads to a list."""
-
-    def timed() -> None:
-        start = time.process_time()
-        run()
-        seconds.append(time.process_time() - start)
-
-    return timed
-
-
 def resident_bytes() -> int:
     """Memory that this process holds."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def peak_over_weights(plain: bool, images: int, image_size: int, result: "multiprocessing.Queue[int]") -> None:
-    """Put the bytes by which two steps rise over what is held before them."""
-    step = training_side(random_model(), plain, images, image_size)
-    before, peak, done = resident_bytes(), [0], threading.Event()
+def time_step(plain: bool, images: int, image_size: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of the bare tower's forward pass and of one kind of step, in turn."""
+    model = random_model()
+    tower, pixel_values = bare_tower(model), torch.randn(images, 3, image_size, image_size)
+
+    def forward() -> None:
+        with torch.inference_mode():
+            tower(pixel_values, interpolate_pos_encoding=True)
+
+    step = training_side(model, plain, images, image_size)
+    return alternate({TOWER: forward, PLAIN if plain else FAST: step}, rounds)
+
+
+def peak_over_weights(side: str, images: int, image_size: int) -> int:
+    """Bytes by which two steps rise over what is held before them."""
+    model = random_model()
+    if side == CHECKPOINTED:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    step = training_side(model, side == PLAIN, images, image_size)
+    before, peak, done = resident_bytes(), 0, threading.Event()
 
     def watch() -> None:
+        nonlocal peak
         while not done.wait(0.002):
-            peak[0] = max(peak[0], resident_bytes())
+            peak = max(peak, resident_bytes())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -96,57 +102,47 @@ def peak_over_weights(plain: bool, images: int, image_size: int, result: "multip
     step()
     done.set()
     watcher.join()
-    result.put(peak[0] - before)
+    return peak - before
 
 
-def measure_memory(plain: bool, images: int, image_size: int) -> int:
-    context = multiprocessing.get_context("spawn")
-    result = context.Queue()
-    process = context.Process(target=peak_over_weights, args=(plain, images, image_size, result))
-    process.start()
-    peak = result.get()
-    process.join()
-    return peak
+def apart(function: Callable[..., Any], *arguments: Any, environment: dict[str, str] | None = None) -> Any:
+    """What a function returns in a fresh process, with more variables in its environment."""
+    before = dict(os.environ)
+    os.environ.update(environment or {})
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *arguments).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--image-size", type=int, default=518)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
 
-    model = random_model()
-    tower, pixel_values = bare_tower(model), torch.randn(args.images, 3, args.image_size, args.image_size)
-
-    def forward() -> None:
-        with torch.inference_mode():
-            tower(pixel_values, interpolate_pos_encoding=True)
-
-    sides = {
-        TOWER: forward,
-        PLAIN: training_side(model, True, args.images, args.image_size),
-        FAST: training_side(model, False, args.images, args.image_size),
-    }
-    processor: dict[str, list[float]] = {name: [] for name in sides}
-    seconds = alternate({name: on_the_processor(run, processor[name]) for name, run in sides.items()}, args.rounds)
-    processor = {name: values[1:] for name, values in processor.items()}
-    memory = {
-        name: measure_memory(name == PLAIN, args.images, args.image_size) for name in (PLAIN, FAST) if args.memory
-    }
-
-    table = Table(
-        "side", "median s", "min s", "max s", "ratio", "processor s", "ratio", "GB over the weights",
-        title=f"Training, {args.images} x {args.image_size} px, ViT-L/14, float32, {torch.get_num_threads()} threads",
-        caption=f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}",
-    )  # fmt: skip
-    for name, values in seconds.items():
-        relative = (f"{ratio(kind, name, TOWER):.2f}" for kind in (seconds, processor))
-        peak = f"{memory[name] / 1e9:.2f}" if name in memory else ""
-        clock = (f"{f(values):.2f}" for f in (median, min, max))
-        table.add_row(name, *clock, next(relative), f"{median(processor[name]):.2f}", next(relative), peak)
-    Console().print(table)
+    sizes = (args.images, args.image_size)
+    told = f"{args.images} x {args.image_size} px, float32"
+    reports = []
+    for plain in (False, True):
+        seconds = apart(time_step, plain, *sizes, args.rounds, environment=KEEP_FREED_MEMORY)
+        goals = (
+            [] if plain else [Goal("training step over the bare tower's forward", ratio(seconds, FAST, TOWER), 1.85)]
+        )
+        reports.append(Report(f"{PLAIN if plain else FAST}, {told}", timing_rows(seconds, TOWER), goals))
+    if args.memory:
+        peaks = {side: apart(peak_over_weights, side, *sizes) / 1e9 for side in (PLAIN, FAST, CHECKPOINTED)}
+        rows = [["side", "peak GB over the weights"], *([side, f"{peak:.2f}"] for side, peak in peaks.items())]
+        goals = [
+            Goal("training memory over the weights", peaks[FAST], 1.3, unit=" GB"),
+            Goal("the same, activation checkpointing", peaks[CHECKPOINTED], 0.4, unit=" GB"),
+        ]
+        reports.append(Report(f"Memory of training, {told}", rows, goals))
+    publish(reports, args.output)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,84 @@
+"""Run all benchmarks, one after the other in processes of their own, and write docs/benchmarks.md.
+
+    python -m benchmarks [--only forward startup] [--page docs/benchmarks.md]
+
+What was measured is kept in outputs/benchmarks, a file a benchmark; the page is written from all that is there, so
+that one can be repeated alone. All of them take about two hours on two cores; leave the machine alone meanwhile.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import Goal, describe
+from moeclip_hf.evaluation.results import markdown_table
+
+# Name: the module and its options.
+SUITE: dict[str, tuple[str, ...]] = {
+    "forward": ("forward", "--images", "1", "4"),
+    "moe_layer": ("moe_layer",),
+    "training_step": ("training_step", "--memory"),
+    "preprocessing": ("preprocessing",),
+    "metrics": ("metrics",),
+    "startup": ("startup",),
+    "prediction": ("prediction",),
+    "evaluation": ("evaluation",),
+    "growth": ("growth",),
+    "processes": ("processes",),
+    "export": ("export", "--auroc"),
+}
+
+HEAD = """# Benchmarks
+
+Written by `make bench`. Sides run in turn in one process unless a table says otherwise, and ratios are medians over
+rounds of pairs from the same round. Models have ViT-L/14's sizes and random weights, on which speed does not depend,
+unless a table names another. What was done about each figure, and why a goal is missed where one is, stands in
+[performance.md](performance.md).
+"""
+
+
+def run(name: str, folder: Path) -> bool:
+    """Run a benchmark; whether it went well."""
+    module, *options = SUITE[name]
+    command = [sys.executable, "-m", f"benchmarks.{module}", *options, "--output", str(folder / f"{name}.json")]
+    print("$", *command[1:-2], flush=True)
+    return subprocess.run(command, check=False).returncode == 0
+
+
+def compose_page(documents: dict[str, dict[str, Any]]) -> str:
+    """The page, from what the benchmarks wrote, in the order of `SUITE`."""
+    goals = [["figure", "measured", "held"]]
+    sections = []
+    for document in documents.values():
+        versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+        sections.append(f"## `{document['command']}`\n\n{document['date'][:10]}, {document['machine']}; {versions}.")
+        for report in document["reports"]:
+            sections.append(f"**{report['title']}**\n\n{markdown_table(report['rows'])}")
+            sections += [f"![{report['title']}]({picture})" for picture in report["pictures"]]
+            for values in report["goals"]:
+                goal = Goal(**values)
+                goals.append([goal.figure, describe(goal), "yes" if goal.is_held else "no"])
+    return "\n\n".join([HEAD.strip(), markdown_table(goals), *sections]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=SUITE, default=list(SUITE), metavar="NAME",
+                        help=f"of {', '.join(SUITE)}; none of them writes the page anew")  # fmt: skip
+    parser.add_argument("--folder", type=Path, default=Path("outputs/benchmarks"), help="what was measured")
+    parser.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"))
+    args = parser.parse_args()
+    failed = [name for name in args.only if not run(name, args.folder)]
+    files = {name: args.folder / f"{name}.json" for name in SUITE}
+    documents = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
+    args.page.write_text(compose_page(documents), encoding="utf-8")
+    print(args.page)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
