@@ -21,6 +21,8 @@ class GoldenSamples(torch.utils.data.Dataset):
         self.case = case
         self.dataset_names = ["reference"]
         self.prompt_names = case.classes
+        names = case.config["train_batch_classes"]
+        self.rows = {"image_path": list("abc"), "label": case.training["labels"].tolist(), "prompt_name": names}
 
     def __len__(self):
         return 3
