@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from moeclip_hf.conversion.key_table import refuse
 from moeclip_hf.conversion.torchscript import is_torchscript, read_torchscript
 from moeclip_hf.errors import ConversionError
-from moeclip_hf.stored_weights import describe_unpickling
+from moeclip_hf.stored_weights import describe_unpickling, holds_its_numbers
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
@@ -61,17 +61,12 @@ def check_entries(entries: Mapping[Any, Any], source: str) -> None:
             "non-tensor": [str(key) for key in entries if key not in tensors],
             "without a name": [repr(key) for key in entries if not isinstance(key, str)],
             "of fewer numbers than their shape": [
-                f"{key}: {tuple(tensor.shape)}" for key, tensor in tensors.items() if not _holds_its_numbers(tensor)
+                f"{key}: {tuple(tensor.shape)}"
+                for key, tensor in tensors.items()
+                if tensor.is_meta or not holds_its_numbers(tensor)
             ],
         },
     )
-
-
-def _holds_its_numbers(tensor: torch.Tensor) -> bool:
-    """Sparse and expanded tensors of any size fit a small file, and those of the meta device hold nothing at all."""
-    if tensor.is_meta or tensor.layout != torch.strided:
-        return False
-    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def read_checkpoint(path: str | Path) -> Mapping[str, Any]:

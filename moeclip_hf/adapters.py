@@ -15,6 +15,7 @@ from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 from moeclip_hf.pretrained import fetch_adapter, fetch_clip, quiet_transformers
 from moeclip_hf.stored_weights import (
     ADAPTER_WEIGHTS,
+    MOECLIP_PARTS,
     StoredTensor,
     check_weights,
     find_faults,
@@ -23,10 +24,7 @@ from moeclip_hf.stored_weights import (
     refuse_non_finite,
 )
 from moeclip_hf.tuner import MoELoraConfig, MoELoraLayer
-from moeclip_hf.tuner.model import MOECLIP_HEADS, vision_blocks
-
-# What a base may have of its own, and the adapter replaces.
-_MOECLIP_PARTS = ("moe_layers.", *(f"{head}." for head in MOECLIP_HEADS))
+from moeclip_hf.tuner.model import vision_blocks
 
 # The same settings by their two names: of an adapter, and of a full checkpoint.
 _SETTING_NAMES = {
@@ -184,8 +182,8 @@ def _load_base(base: str, adapter: str, settings: dict[str, Any], **kwargs: Any)
         folder = fetch_clip(base)
         pinned = {} if Path(base).is_dir() else {"revision": folder.name, "local_files_only": True}
         config = _base_config(folder, settings)
-        missing = check_weights(base, read_headers(folder), MoECLIPModel, config, _MOECLIP_PARTS)
-        lacking = [name for name in missing if not name.startswith(MOECLIP_HEADS)]
+        missing = check_weights(base, read_headers(folder), MoECLIPModel, config, MOECLIP_PARTS)
+        lacking = [name for name in missing if not name.startswith(MOECLIP_PARTS)]
         if lacking:
             raise CheckpointError(f"it lacks {len(lacking)} of the weights of a CLIP ({lacking[0]}, ...).")
         with quiet_transformers():  # of heads that a CLIP has not: the adapter brings them

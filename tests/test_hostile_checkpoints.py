@@ -24,6 +24,8 @@ from moeclip_hf.conversion import convert_released, load_clip
 from moeclip_hf.errors import CheckpointError, ConversionError
 from moeclip_hf.hub import write_repository
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, fetch_checkpoint, load_pretrained
+from moeclip_hf.training.recipes import get_recipe
+from moeclip_hf.training.run import start_model
 
 HUGE = 10**9
 WEIGHTS, ADAPTER_WEIGHTS = "model.safetensors", "adapter_model.safetensors"
@@ -213,6 +215,18 @@ def test_a_checkpoint_that_lies_is_refused_by_name(checkpoint, spoil, message):
     assert_told(error.value, checkpoint)
 
 
+TO_TRAIN_ON = ["NaN", "a likely vocabulary that is not there", "a huge depth", "kernels to run", "weights elsewhere"]
+
+
+@pytest.mark.parametrize("name", [*TO_TRAIN_ON, "a shard elsewhere", "a header that lies"])
+def test_training_does_not_start_from_a_checkpoint_that_lies(checkpoint, name):
+    spoil, message = CHECKPOINTS[name]
+    spoil(checkpoint)
+    with pytest.raises(CheckpointError, match=message) as error:
+        start_model(checkpoint, get_recipe("paper"))
+    assert_told(error.value, checkpoint)
+
+
 def test_the_command_says_it_in_one_line(checkpoint, monkeypatch, capsys):
     from moeclip_hf.cli import main
 
@@ -365,16 +379,26 @@ def test_an_adapter_of_pickles_is_not_read(adapter, tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
-@pytest.mark.parametrize("spoil", ["payload", "huge", "NaN"])
+@pytest.mark.parametrize("spoil", ["payload", "expanded", "huge", "NaN"])
 def test_a_base_that_lies_is_refused_by_name(adapter, checkpoint, tmp_path, spoil):
     if spoil == "payload":
         (checkpoint / WEIGHTS).unlink()
         torch.save({"evil": Payload(tmp_path / "canary")}, checkpoint / "pytorch_model.bin")
+    elif spoil == "expanded":
+        tensors = load_file(checkpoint / WEIGHTS)
+        (checkpoint / WEIGHTS).unlink()
+        tensors[PROJECTION] = torch.zeros(1).expand(HUGE, HUGE)
+        torch.save(tensors, checkpoint / "pytorch_model.bin")
     elif spoil == "huge":
         config(text_config__vocab_size=1 << 20)(checkpoint)
     else:
         weights(lambda t: t["logit_scale"].fill_(float("nan")))(checkpoint)
-    message = {"payload": "holds posix.system, not only tensors", "huge": "1 misshapen", "NaN": "1 non-finite"}[spoil]
+    message = {
+        "payload": "holds posix.system, not only tensors",
+        "expanded": "1 of fewer numbers than their shape",
+        "huge": "1 misshapen",
+        "NaN": "1 non-finite",
+    }[spoil]
     with pytest.raises(CheckpointError, match=message) as error:
         load_adapter(adapter, base=checkpoint)
     assert_told(error.value, checkpoint)

@@ -21,7 +21,8 @@ from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
 from moeclip_hf.modeling.image_processing_moeclip import MoECLIPImageProcessor
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
-from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT
+from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, fetch_clip
+from moeclip_hf.stored_weights import MOECLIP_PARTS, check_weights, read_headers, refuse_non_finite
 from moeclip_hf.training.curves import draw_training_curves
 from moeclip_hf.training.monitor import ProgressBar
 from moeclip_hf.training.recipes import Recipe, apply_recipe, draw_experts
@@ -67,7 +68,9 @@ def start_model(
     source = str(EMBEDDED_CHECKPOINT) if clip == "embedded" else str(clip)
     set_seed(seed)
     try:
-        settings = apply_recipe(MoECLIPConfig.from_pretrained(source, **config), recipe)
+        folder = fetch_clip(source)
+        settings = apply_recipe(MoECLIPConfig.from_pretrained(folder, **config), recipe)
+        check_weights(source, read_headers(folder), MoECLIPModel, settings, MOECLIP_PARTS)
         loaded: Any = MoECLIPModel.from_pretrained(
             source,
             config=settings,
@@ -78,13 +81,14 @@ def start_model(
         )
         processor = _load_processor(source, settings, image_size)
     except Exception as error:  # whatever a missing, foreign or damaged checkpoint leads to
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).removeprefix(f"{source}: ") or type(error).__name__
         raise CheckpointError(f"{source}: cannot be loaded to train on: {reason}") from error
     model, report = loaded
     own = own_weights(model)
     lacking = sorted(set(report["missing_keys"]) - own)
     if lacking:
         raise CheckpointError(f"{source}: lacks {len(lacking)} of CLIP's weights ({lacking[0]}, ...).")
+    refuse_non_finite(source, model.state_dict())
     if fresh:
         set_seed(seed)
         clip_weights = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
@@ -102,7 +106,7 @@ def _load_processor(source: str, config: MoECLIPConfig, image_size: int | None) 
     vision: Any = config.vision_config
     stored, _ = PreTrainedConfig.get_config_dict(source)
     if image_size is None and stored["model_type"] == config.model_type:
-        processor = MoECLIPProcessor.from_pretrained(source)
+        processor = MoECLIPProcessor.from_pretrained(source, trust_remote_code=False)
         # Thresholds were chosen on scores of the model as it was.
         processor.image_threshold = processor.pixel_threshold = 0.5
         return processor
@@ -111,7 +115,9 @@ def _load_processor(source: str, config: MoECLIPConfig, image_size: int | None) 
     else:
         size = {"height": image_size, "width": image_size}
         images = MoECLIPImageProcessor(size=size, patch_size=vision.patch_size)
-    return MoECLIPProcessor(image_processor=images, tokenizer=AutoTokenizer.from_pretrained(source))
+    return MoECLIPProcessor(
+        image_processor=images, tokenizer=AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    )
 
 
 def training_arguments(output_dir: str | PathLike[str], recipe: Recipe, **settings: Any) -> TrainingArguments:
