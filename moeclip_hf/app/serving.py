@@ -16,6 +16,8 @@ from moeclip_hf.errors import MoECLIPError
 # Where the page sends to: files to the first, and names and numbers, which are small, to the others.
 _UPLOAD, _EVENTS = "/gradio_api/upload", ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset")
 _LARGEST_EVENT = 1 << 20
+# Writes what a session holds to a folder that is never emptied, for links that the page does not have.
+_DEEP_LINK = "/gradio_api/deep_link"
 
 
 class OnlyThePage:
@@ -43,7 +45,7 @@ class OnlyThePage:
                 refusal = PlainTextResponse("The request is too large.", 413)
             elif _names_remote_file(body):
                 refusal = PlainTextResponse("Only uploaded files are taken.", 403)
-        elif sends and not path.endswith(_UPLOAD):
+        elif path.endswith(_DEEP_LINK) or (sends and not path.endswith(_UPLOAD)):
             refusal = PlainTextResponse("The page does not ask for this.", 403)
         await (refusal or self.app)(scope, receive, send)
 
