@@ -296,3 +296,46 @@ def test_what_a_power_cut_damaged_of_an_evaluation_is_named(tmp_path, name, cont
     (tmp_path / "kept" / name).write_bytes(content)
     with pytest.raises(MoECLIPError, match=rf"{name}: is damaged: delete"):
         evaluate(pretrained, rows, image_size=32, resume_dir=tmp_path / "kept")
+
+
+def workers(launcher: int) -> list[int]:
+    """The processes that a launcher has started."""
+    return [int(child) for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+def test_when_one_of_two_processes_is_killed_the_other_ends_within_a_minute_and_the_cause_is_said(
+    commands, inputs, tmp_path, kind
+):
+    folder, unbroken = tmp_path / "run", tmp_path / "unbroken"
+    if kind == "training":
+        command, begun = training(inputs, folder, 10_000), "checkpoint-*"
+    else:
+        write_parts(tmp_path / "data", normal=200, anomalous=200)
+        command, begun = evaluation(tmp_path / "data", folder), ".unfinished/data/*.npz"
+    port = str(20_000 + os.getpid() % 20_000)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+              "--num_machines", "1", "--main_process_port", port, "--mixed_precision", "no", "--dynamo_backend", "no",
+              "-m", "moeclip_hf.cli"]  # fmt: skip
+    errors = tmp_path / "errors"
+    with errors.open("w") as file:
+        launcher = subprocess.Popen(
+            [*launch, *map(str, command)],
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+    deadline = time.monotonic() + 240
+    while not list(folder.glob(begun)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    first, second = workers(launcher.pid)
+    os.kill(second, signal.SIGKILL)
+    assert launcher.wait(60) != 0
+    assert not Path(f"/proc/{first}").exists()
+    assert "SIGKILL" in errors.read_text()
+    assert not (folder / "results.json").exists() and not (folder / "config.json").exists()
+    if kind == "evaluation":
+        assert commands.run(evaluation(tmp_path / "data", folder), folder).status == 0
+        assert commands.run(evaluation(tmp_path / "data", unbroken), unbroken).status == 0
+        assert_same_evaluation(folder, unbroken)
