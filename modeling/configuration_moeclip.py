@@ -69,7 +69,7 @@ def _refuse_foreign_settings(config_class: type, settings: Any) -> None:
     for name in settings:
         if name in _NOT_OF_A_FILE:
             raise ValueError(f"{name} ({settings[name]!r}) is not for a file to set: pass it when you load the model.")
-        if callable(getattr(config_class, name, None)) or isinstance(getattr(config_class, name, None), property):
+        if callable(getattr(config_class, name, None)):
             raise ValueError(f"{name} ({settings[name]!r}) is no setting.")
 
 
