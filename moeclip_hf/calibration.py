@@ -182,6 +182,7 @@ def score_for_calibration(
 
     Raises:
         UnreadableImageError: naming the first image that cannot be read.
+        MoECLIPError: where the model gives NaN.
     """
     model, processor = pretrained
     if "shortest_edge" in processor.image_processor.size:
@@ -210,7 +211,10 @@ def score_for_calibration(
                 torch.cat(pixel_values).to(model.device, model.dtype),
                 text_embeds=torch.cat([anchors[row["prompt_name"]] for row in samples]),
             )
-        results = processor.post_process_anomaly_detection(outputs)
+        try:
+            results = processor.post_process_anomaly_detection(outputs)
+        except ValueError as error:  # NaN
+            raise MoECLIPError(str(error)) from error
         scored.scores += [result["score"] for result in results]
         scored.map_maxima += [float(result["map"].max()) for result in results]
         scored.labels += [row["label"] for row in samples]

@@ -117,7 +117,7 @@ def _images_below(folder: Path) -> list[Path]:
         Path(found) / name
         for found, _, names in os.walk(folder, onerror=refuse)
         for name in names
-        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+        if Path(name).suffix.lower() in IMAGE_SUFFIXES
     )
 
 

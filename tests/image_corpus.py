@@ -4,6 +4,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from typing import Any
 
@@ -46,6 +47,7 @@ def encode(image: Image.Image, file_format: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+@cache
 def good_files() -> list[ImageFile]:
     """A picture, its grey, or its black and white, in every kind of file that holds it."""
     return [*_colour_files(), *_grey_files(), *_transparent_files(), *_turned_files()]
@@ -137,6 +139,7 @@ def _turned_files() -> Iterator[ImageFile]:
             yield ImageFile(f"turned-{orientation}.{suffix}", content, scene(), tolerance)
 
 
+@cache
 def refused_files() -> dict[str, tuple[bytes, str]]:
     """Files by name that are refused: their content, and a part of the reason."""
     frames = [Image.fromarray(scene(seed)) for seed in range(3)]

@@ -160,10 +160,10 @@ def predict(
         ):
             row = _describe(prediction, class_name, threshold)
             if prediction.error is None:
-                stem = output_dir / names[prediction.path]
+                name = names[prediction.path]
                 targets = {
-                    "overlay": stem.with_name(f"{stem.name}_overlay.png") if overlays else None,
-                    "map": stem.with_name(f"{stem.name}_map.{maps.value}") if maps else None,
+                    "overlay": output_dir / f"{name}_overlay.png" if overlays else None,
+                    "map": output_dir / f"{name}_map.{maps.value}" if maps else None,
                 }
                 row |= {name: str(target) for name, target in targets.items() if target}
                 write = writer.submit(_write, prediction, pixel_threshold, **targets)
@@ -214,25 +214,25 @@ def _tile_size(tile: str | None) -> int | None:
     return int(tile)
 
 
-def _output_names(paths: list[Path]) -> dict[Path, Path]:
+def _output_names(paths: list[Path]) -> dict[Path, str]:
     """Name each image's results: by its stem where that is unique, else by its whole path below the common folder."""
     stems = [path.stem for path in paths]
     if len(set(stems)) == len(paths):
-        names = list(map(Path, stems))
+        names = stems
     else:
         absolute = [path.absolute() for path in paths]
         common = os.path.commonpath([path.parent for path in absolute])
-        names = [full.relative_to(common) for full in absolute]
-    return {path: name.with_name(_short(name.name, path)) for path, name in zip(paths, names, strict=True)}
+        names = [os.path.relpath(full, common) for full in absolute]
+    return {path: _shortened(name) for path, name in zip(paths, names, strict=True)}
 
 
-def _short(name: str, path: Path) -> str:
-    """The name, or, where no file could bear it with an ending, its beginning and a digest of the path."""
-    encoded = os.fsencode(name)
-    if len(encoded) <= _LONGEST_NAME:
-        return name
-    digest = hashlib.blake2b(os.fsencode(path), digest_size=8).hexdigest()
-    return f"{os.fsdecode(encoded[: _LONGEST_NAME - len(digest) - 1])}-{digest}"
+def _shortened(path: str) -> str:
+    """The path; where no file could bear its last name with an ending, that name's beginning and a digest of it."""
+    folder, name = os.path.split(os.fsencode(path))
+    if len(name) > _LONGEST_NAME:
+        digest = hashlib.blake2b(name, digest_size=8).hexdigest().encode()
+        name = name[: _LONGEST_NAME - len(digest) - 1] + b"-" + digest
+    return os.fsdecode(os.path.join(folder, name))
 
 
 def _describe(prediction: "Prediction", class_name: str, threshold: float) -> dict[str, Any]:
