@@ -101,7 +101,7 @@ def test_training_stops_before_the_first_step_with_the_list(clip, parts, tmp_pat
     with pytest.raises(DatasetError, match="2 of 24 images cannot be trained on") as refusal:
         start(clip, load_folder(parts), tmp_path / "out")
     assert all(words in str(refusal.value) for words in said)
-    assert "skip_unreadable" in str(refusal.value)
+    assert "--skip-unreadable" in str(refusal.value)
     listed = (tmp_path / "out" / "unreadable.txt").read_text().splitlines()
     assert len(listed) == 2 and all(line.startswith(words) for line, words in zip(listed, sorted(said), strict=True))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["unreadable.txt"]

@@ -16,8 +16,9 @@ from moeclip_hf.errors import MoECLIPError
 # Where the page sends to: files to the first, and names and numbers, which are small, to the others.
 _UPLOAD, _EVENTS = "/gradio_api/upload", ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset")
 _LARGEST_EVENT = 1 << 20
-# Writes what a session holds to a folder that is never emptied, for links that the page does not have.
-_DEEP_LINK = "/gradio_api/deep_link"
+# What the page does not ask for: pages from elsewhere, answers to programs, and sessions written to a folder that is
+# never emptied.
+_UNASKED = ("/gradio_api/proxy=", "/gradio_api/call/", "/gradio_api/deep_link")
 
 
 class OnlyThePage:
@@ -45,7 +46,8 @@ class OnlyThePage:
                 refusal = PlainTextResponse("The request is too large.", 413)
             elif _names_remote_file(body):
                 refusal = PlainTextResponse("Only uploaded files are taken.", 403)
-        elif path.endswith(_DEEP_LINK) or (sends and not path.endswith(_UPLOAD)):
+        # No name holds a NUL, and it would break the server's own checks of paths.
+        elif any(part in path for part in (*_UNASKED, "\0")) or (sends and not path.endswith(_UPLOAD)):
             refusal = PlainTextResponse("The page does not ask for this.", 403)
         await (refusal or self.app)(scope, receive, send)
 

@@ -226,8 +226,8 @@ def _usable_rows(rows: "datasets.Dataset", args: TrainingArguments, skip_unreada
     more = f"; and so on, see {listed}" if len(problems) > _NAMED else ""
     if not skip_unreadable:
         raise DatasetError(
-            f"{len(bad)} of {len(rows)} images cannot be trained on: {named}{more}. Mend them, or leave them out with "
-            "skip_unreadable."
+            f"{len(bad)} of {len(rows)} images cannot be trained on: {named}{more}. Mend them, or leave them out "
+            "(--skip-unreadable)."
         )
     if is_main:
         text = f"{len(bad)} of {len(rows)} images are left out: {named}{more}"
