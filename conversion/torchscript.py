@@ -124,6 +124,6 @@ def _modules(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 def _check_memo(data: bytes) -> bytes:
     """Refuse a pickle that numbers what it remembers so that the reader makes room for billions."""
     for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > len(data):
             raise pickle.UnpicklingError("it remembers more than it holds")
     return data

@@ -141,6 +141,7 @@ def load_adapter(
     base = base or config.base_model_name_or_path
     if base is None:
         raise CheckpointError(f"{adapter}: does not name its base: pass base, the CLIP that it was made over.")
+    assert config.base_settings is not None  # or it would not have been read
     bare = _load_base(str(base), str(adapter), config.base_settings, **base_kwargs)
     try:
         adapted = PeftModel.from_pretrained(bare, str(folder), adapter_name=adapter_name, is_trainable=is_trainable)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -159,7 +159,7 @@ def predict(
     tiling: Tiling | None = None,
 ) -> Iterator[Prediction]:
     """
-    Score image files, one after the other and in order, while the next ones are being read.
+    Score image files, one after the other and in order, while the next ones are being read and prepared.
 
     A file that cannot be read, or scored, yields a prediction with its `error`; the rest goes on. What is held in
     memory does not grow with the number of files, nor, beyond one image, with their size.
@@ -175,18 +175,23 @@ def predict(
         tiling ([`Tiling`], *optional*): cut images into tiles, for those far larger than the model's input.
     """
     encoded_class = detector.encode_class(class_name)
-    for batch in read_ahead(_read_batch, _batches(paths, 1 if tiling else batch_size), depth=2):
-        readable = [(prediction, prediction.image) for prediction in batch if prediction.image is not None]
+
+    def read(batch: list[Path]) -> list[_Read]:
+        return [_read(path, None if tiling else detector.processor, size) for path in batch]
+
+    for batch in read_ahead(read, _batches(paths, 1 if tiling else batch_size), depth=2):
         if tiling:
-            for prediction, image in readable:
+            for prediction, _ in batch:
+                if prediction.image is None:
+                    continue
                 with _errors_told_by(prediction):
                     found = detect_in_tiles(
-                        detector, image, encoded_class, tiling, batch_size, threshold, pixel_threshold, size
+                        detector, prediction.image, encoded_class, tiling, batch_size, threshold, pixel_threshold, size
                     )
                     _complete(prediction, found)
         else:
-            _detect(detector, readable, encoded_class, threshold, pixel_threshold, size)
-        yield from batch
+            _detect(detector, batch, encoded_class, threshold, pixel_threshold)
+        yield from (prediction for prediction, _ in batch)
 
 
 def detect(detector: Detector, image: Image.Image, encoded_class: torch.Tensor) -> Detection:
@@ -229,28 +234,45 @@ def input_size(processor: MoECLIPProcessor, image_size: int | None, keep_aspect:
     return {"shortest_edge": edge} if keep_aspect or "shortest_edge" in size else {"height": edge, "width": edge}
 
 
+class _Read(NamedTuple):
+    """A file that was read, and what the model is given of it: (3, h, w), or nothing."""
+
+    prediction: Prediction
+    pixels: np.ndarray | None
+
+
+def _read(path: Path, processor: MoECLIPProcessor | None, size: dict[str, int] | None) -> _Read:
+    """Read a file and, with a processor, prepare it; in a thread, where PIL and NumPy leave the others running."""
+    try:
+        prediction, pixels = Prediction(path, read_image(path)), None
+    except UnreadableImageError as error:
+        return _Read(Prediction(path, error=str(error)), None)
+    if processor is not None:
+        with _errors_told_by(prediction):
+            pixels = processor(images=prediction.image, size=size)["pixel_values"][0]
+    return _Read(prediction, pixels)
+
+
 def _detect(
     detector: Detector,
-    readable: list[tuple[Prediction, Image.Image]],
+    batch: list[_Read],
     encoded_class: torch.Tensor,
     threshold: float | None,
     pixel_threshold: float | None,
-    size: dict[str, int] | None,
 ) -> None:
     """Complete the predictions of whole images; those that keep unlike aspect ratios are computed apart."""
-    processor = detector.processor
-    by_shape: dict[tuple[int, ...], list[tuple[Prediction, Image.Image, np.ndarray]]] = {}
-    for prediction, image in readable:
-        with _errors_told_by(prediction):
-            pixels = processor(images=image, size=size)["pixel_values"][0]
-            by_shape.setdefault(pixels.shape, []).append((prediction, image, pixels))
+    by_shape: dict[tuple[int, ...], list[_Read]] = {}
+    for read in batch:
+        if read.pixels is not None:
+            by_shape.setdefault(read.pixels.shape, []).append(read)
     for alike in by_shape.values():
-        pixel_values = torch.from_numpy(np.stack([pixels for _, _, pixels in alike]))
+        pixel_values = torch.from_numpy(np.stack([read.pixels for read in alike if read.pixels is not None]))
         grids, scores = detector.patch_maps(pixel_values, encoded_class)
-        for place, (prediction, image, _) in enumerate(alike):
-            own, sizes = slice(place, place + 1), [(image.height, image.width)]
+        for place, (prediction, _) in enumerate(alike):
+            assert prediction.image is not None  # since it was prepared
+            own, sizes = slice(place, place + 1), [(prediction.image.height, prediction.image.width)]
             with _errors_told_by(prediction):
-                found = processor.read_patch_maps(grids[own], scores[own], sizes, threshold, pixel_threshold)
+                found = detector.processor.read_patch_maps(grids[own], scores[own], sizes, threshold, pixel_threshold)
                 _complete(prediction, found[0])
 
 
@@ -267,17 +289,6 @@ def _complete(prediction: Prediction, found: dict[str, Any]) -> None:
     prediction.is_anomalous = found["is_anomalous"]
     prediction.anomaly_map = found["map"].cpu().numpy()
     prediction.regions = found["regions"]
-
-
-def _read_batch(paths: list[Path]) -> list[Prediction]:
-    return [_read(path) for path in paths]
-
-
-def _read(path: Path) -> Prediction:
-    try:
-        return Prediction(path, read_image(path))
-    except UnreadableImageError as error:
-        return Prediction(path, error=str(error))
 
 
 def _batches(paths: Iterable[Path], size: int) -> Iterator[list[Path]]:

@@ -123,11 +123,11 @@ def score_batches(
                 text_embeds=torch.cat([anchors[prompt_names[index]] for index in batch.indices]),
             )
             grids = processor.post_process_anomaly_maps(outputs, outputs.anomaly_logits.shape[-2:], domain)
-            launched.append((grids, (outputs.logits_per_image[:, 1] + 1) / 2, masks, other_size))
+            launched.append((grids, (outputs.logits_per_image[:, 1] + 1) / 2, masks, other_size, size))
         if len(launched) > behind:
-            yield _collect(*launched.popleft(), size)
+            yield _collect(*launched.popleft())
     while launched:
-        yield _collect(*launched.popleft(), size)
+        yield _collect(*launched.popleft())
 
 
 def _collect(
