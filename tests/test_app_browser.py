@@ -145,7 +145,9 @@ def test_a_bad_file_is_a_message_and_the_page_goes_on(page, photographs, tmp_pat
     page.get_by_label("Clear").click()
     upload(page, broken)
     message = page.locator("#verdict").get_by_role("alert")
-    expect(message).to_have_text("broken.png: cannot be read as an image (BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF or WEBP)")
+    expect(message).to_have_text(
+        "broken.png: cannot be read as an image (BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF or WEBP)"
+    )
     expect(page.locator("#overlay img")).to_have_count(0)
     page.locator("#samples button").first.click()
     expect(page.locator("#verdict .word")).to_be_visible()
