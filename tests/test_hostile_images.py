@@ -221,7 +221,8 @@ def check_damaged_files(way: str, kind: str, count: int, folder: Path) -> None:
         outcome, picture = outcomes[name], plainly_decoded(content)
         if isinstance(outcome, str):
             assert "\n" not in outcome
-            assert picture is None or any(words in reason_of(folder / name) for words in DECLARED), (name, outcome)
+            if picture is not None and not (way == "page" and "times the other" in outcome):  # its limit for strips
+                assert any(words in reason_of(folder / name) for words in DECLARED), (name, outcome)
         else:
             assert picture is not None, name
             assert outcome == pytest.approx(score_of_picture(picture), abs=2e-3), name
