@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
+from moeclip_hf import MoECLIPConfig, MoECLIPModel, MoECLIPProcessor
 from moeclip_hf.cli import app
 from moeclip_hf.errors import MoECLIPError
 from moeclip_hf.prediction import predict
@@ -30,11 +30,11 @@ def run(*arguments: str | Path):
 def checkpoint(tmp_path_factory) -> Path:
     """The embedded checkpoint's first blocks, which export sooner than all of them."""
     folder = tmp_path_factory.mktemp("checkpoint") / "short"
-    shutil.copytree(EMBEDDED_CHECKPOINT, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"feature_layers": config["feature_layers"][:1], "moe_layers": config["moe_layers"][:1]}
-    config["image_feature_layer"] = config["feature_layers"][0]
-    (folder / "config.json").write_text(json.dumps(config))
+    config = MoECLIPConfig.from_pretrained(EMBEDDED_CHECKPOINT)
+    first = config.feature_layers[0]
+    shorter = {"feature_layers": [first], "moe_layers": config.moe_layers[:1], "image_feature_layer": first}
+    MoECLIPModel.from_pretrained(EMBEDDED_CHECKPOINT, **shorter).save_pretrained(folder)
+    MoECLIPProcessor.from_pretrained(EMBEDDED_CHECKPOINT).save_pretrained(folder)
     return folder
 
 
