@@ -100,7 +100,7 @@ def score_plain_clip(clip: MoECLIPModel, processor: MoECLIPProcessor, rows: Any)
         anchors[name] = torch.nn.functional.normalize(pair, dim=-1)
     for row in (rows[index] for index in range(len(rows))):
         pixels = processor(images=row["image"], return_tensors="pt")["pixel_values"]
-        tokens = clip.vision_model(pixels).last_hidden_state
+        tokens = clip.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state
         embeds = clip.visual_projection(clip.vision_model.post_layernorm(tokens))
         cosines = torch.nn.functional.normalize(embeds, dim=-1) @ anchors[row["prompt_name"]].T
         anomalous = (100 * cosines).softmax(dim=-1)[0, :, 1]
