@@ -15,8 +15,6 @@ from transformers import initialization as init
 
 # Added to norms so that a token whose experts answer with zero stays finite.
 _NORM_EPS = 1e-6
-# Below it a square counts as zero, where the square root has no gradient.
-_LEAST_SQUARE = 1e-30
 
 
 def in_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -86,39 +84,25 @@ def expert_codes(hidden_states: torch.Tensor, lora_A: torch.Tensor) -> torch.Ten
     return F.linear(hidden_states, lora_A.flatten(0, 1)).unflatten(-1, lora_A.shape[:2])
 
 
-def weigh_codes(codes: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Codes (..., K, r) times the weights (..., K) of their experts, stacked: (..., K r)."""
-    return (codes * weights.unsqueeze(-1).to(codes.dtype)).flatten(-2)
+def mix_experts(codes: torch.Tensor, lora_B: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`sum_i w_i B_i c_i` in one product: codes (..., K, r), lora_B (K, d, r), weights (..., K) give (..., d)."""
+    weighted = (codes * weights.unsqueeze(-1).to(codes.dtype)).flatten(-2)
+    return F.linear(weighted, lora_B.transpose(0, 1).flatten(1))
 
 
-def stack_experts(lora_B: torch.Tensor) -> torch.Tensor:
-    """(K, d, r) -> (d, K r): `sum_i B_i c_i` of stacked codes is one product with it."""
-    return lora_B.transpose(0, 1).flatten(1)
-
-
-def norm_matched_residual(
-    hidden_states: torch.Tensor, codes: torch.Tensor, lora_B: torch.Tensor, residual_weight: float
-) -> torch.Tensor:
+def norm_matched_residual(hidden_states: torch.Tensor, update: torch.Tensor, residual_weight: float) -> torch.Tensor:
     """
     `lambda o ||x|| / (||o|| + 1e-6) + (1 - lambda) x`: the experts' answer, brought to its token's length, mixed in.
 
-    The answer is `o = sum_i B_i c_i`, whose length `||o||^2 = c^T (B^T B) c` needs the codes alone: it is formed once,
-    at the length that it is to have. All of it in float32. An answer of zero leaves `(1 - lambda) x`, not x, and its
-    gradient is large.
+    Norms are taken in float32. An update of zero leaves `(1 - lambda) x`, not x, and its gradient is large.
 
     Args:
         hidden_states (`torch.Tensor`): x, (..., d).
-        codes (`torch.Tensor`): c, (..., K r), from [`weigh_codes`].
-        lora_B (`torch.Tensor`): (K, d, r).
+        update (`torch.Tensor`): o, (..., d).
         residual_weight (`float`): lambda, 0 to 1.
     """
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        codes, stacked = in_float32(codes), in_float32(stack_experts(lora_B))
-        squared_length = (codes @ (stacked.T @ stacked) * codes).sum(dim=-1, keepdim=True)
-        length = squared_length.clamp_min(_LEAST_SQUARE).sqrt()
-        scale = residual_weight * vector_norm(hidden_states) / (length + _NORM_EPS)
-        answer = F.linear(codes * scale, stacked)
-        return answer.add_(hidden_states, alpha=1 - residual_weight).to(hidden_states.dtype)
+    scale = residual_weight * vector_norm(hidden_states) / (vector_norm(update) + _NORM_EPS)
+    return torch.addcmul((1 - residual_weight) * hidden_states, update, scale).to(hidden_states.dtype)
 
 
 def load_variation(load: torch.Tensor) -> torch.Tensor:
@@ -280,8 +264,16 @@ class MoELora(nn.Module):
             hidden_states (`torch.Tensor`): (..., d).
             output_losses (`bool`): also compute the ETF and the balance term.
         """
-        codes, told = self.encode(hidden_states, output_losses)
-        return MoELoraOutput(F.linear(codes, stack_experts(self.lora_B)), **told)
+        router_logits = self.router(hidden_states)
+        probabilities, weights = route(router_logits, self.num_experts_per_tok)
+        # One mask serves all experts: with FOFS each reads features of its own, so that theirs are independent.
+        codes = expert_codes(self.dropout(hidden_states), self.lora_A)
+        return MoELoraOutput(
+            hidden_states=mix_experts(codes, self.lora_B, weights * self.scaling),
+            router_logits=router_logits,
+            etf_loss=etf_loss(codes, self.lora_B, self.scaling) if output_losses else None,
+            balance_loss=balance_loss(probabilities) if output_losses else None,
+        )
 
     def forward(self, hidden_states: torch.Tensor, output_losses: bool = False) -> MoELoraOutput:
         """
@@ -291,23 +283,9 @@ class MoELora(nn.Module):
             hidden_states (`torch.Tensor`): (..., d), all tokens, the class token too.
             output_losses (`bool`): also compute the ETF and the balance term.
         """
-        codes, told = self.encode(hidden_states, output_losses)
-        return MoELoraOutput(norm_matched_residual(hidden_states, codes, self.lora_B, self.residual_weight), **told)
-
-    def encode(
-        self, hidden_states: torch.Tensor, output_losses: bool
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
-        """Route tokens: the weighted codes of their experts, (..., K r), and the other fields of the output."""
-        router_logits = self.router(hidden_states)
-        probabilities, weights = route(router_logits, self.num_experts_per_tok)
-        # One mask serves all experts: with FOFS each reads features of its own, so that theirs are independent.
-        codes = expert_codes(self.dropout(hidden_states), self.lora_A)
-        told = {
-            "router_logits": router_logits,
-            "etf_loss": etf_loss(codes, self.lora_B, self.scaling) if output_losses else None,
-            "balance_loss": balance_loss(probabilities) if output_losses else None,
-        }
-        return weigh_codes(codes, weights * self.scaling), told
+        output = self.mix(hidden_states, output_losses)
+        adapted = norm_matched_residual(hidden_states, output.hidden_states, self.residual_weight)
+        return output._replace(hidden_states=adapted)
 
 
 @contextmanager
@@ -344,10 +322,9 @@ __all__ = [
     "fofs_projection",
     "in_float32",
     "load_variation",
+    "mix_experts",
     "norm_matched_residual",
     "record_outputs",
     "route",
-    "stack_experts",
     "vector_norm",
-    "weigh_codes",
 ]

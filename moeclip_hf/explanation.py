@@ -19,10 +19,9 @@ from moeclip_hf.modeling.moe_lora import (
     expert_codes,
     expert_gram,
     in_float32,
+    mix_experts,
     route,
-    stack_experts,
     vector_norm,
-    weigh_codes,
 )
 from moeclip_hf.pretrained import Pretrained
 
@@ -199,7 +198,7 @@ def _explain_layer(block: int, call: _Call, gradient: torch.Tensor, grid: torch.
     probabilities, weights = route(call.output.router_logits[0, 1:], experts.num_experts_per_tok)
     codes = expert_codes(hidden_states, lora_A)
 
-    update = torch.nn.functional.linear(weigh_codes(codes, weights * experts.scaling), stack_experts(lora_B))
+    update = mix_experts(codes, lora_B, weights * experts.scaling)
     norm_matching = vector_norm(hidden_states) / vector_norm(update).clamp_min(1e-6)
     # g . (B_i c_i) = (B_i^T g) . c_i: the gradient goes to r dimensions, and not every expert's code to all d.
     products = (codes * expert_codes(gradient, lora_B.transpose(1, 2))).sum(dim=-1)
