@@ -14,7 +14,7 @@ help:
 	@echo "make test-browser  the tests of the page in Chromium (apt-get install chromium)"
 	@echo "make quality   ruff and mypy"
 	@echo "make bench     the benchmarks"
-	@echo "make checkpoint  the embedded checkpoint from nothing, under outputs/checkpoint, in an hour and a half"
+	@echo "make checkpoint  a checkpoint like the embedded one from nothing, under outputs/checkpoint; an hour or two"
 
 # torch comes first and alone: the exact version finds a CPU build where there is one.
 $(READY): setup.cfg pyproject.toml constraints.txt
