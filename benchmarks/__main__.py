@@ -3,7 +3,7 @@
     python -m benchmarks [--only forward startup] [--page docs/benchmarks.md]
 
 What was measured is kept in outputs/benchmarks, a file a benchmark; the page is written from all that is there, so
-that one can be repeated alone. All of them take about two hours on two cores; leave the machine alone meanwhile.
+that one can be repeated alone. Leave the machine alone meanwhile.
 """
 
 import argparse
@@ -33,10 +33,10 @@ SUITE: dict[str, tuple[str, ...]] = {
 
 HEAD = """# Benchmarks
 
-Written by `make bench`. Sides run in turn in one process unless a table says otherwise, and ratios are medians over
-rounds of pairs from the same round. Models have ViT-L/14's sizes and random weights, on which speed does not depend,
-unless a table names another. What was done about each figure, and why a goal is missed where one is, stands in
-[performance.md](performance.md).
+Written by `python -m benchmarks`. Sides run in turn in one process unless a table says otherwise, and ratios are
+medians over rounds of pairs from the same round. Models have ViT-L/14's sizes and random weights, on which speed does
+not depend, unless a table names another. What was done about each figure, and why a goal is missed where one is,
+stands in [performance.md](performance.md).
 """
 
 

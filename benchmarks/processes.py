@@ -1,9 +1,9 @@
-"""Training on one process and on two under `accelerate launch`, and what more machines would bring by the same model.
+"""Training on one process and on two under `accelerate launch`.
 
     python -m benchmarks.processes [--steps 60] [--batch-size 8] [--rounds 3]
 
 The CLIP of the embedded checkpoint trains on rendered textures, each process with one thread and as many images a step
-whatever their number (weak scaling), in turn. docs/throughput.md tells the model that is fitted.
+whatever their number (weak scaling), in turn.
 """
 
 import os
