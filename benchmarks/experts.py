@@ -29,7 +29,7 @@ from moeclip_hf.data.textures.benchmark import write_texture_benchmark
 from moeclip_hf.data.textures.splits import AUXILIARY_FAMILIES, SEEN_DEFECTS, VALIDATION_FAMILIES
 from moeclip_hf.evaluation import evaluate
 from moeclip_hf.metrics import AnomalyMetrics
-from moeclip_hf.pretrained import Pretrained, load_pretrained
+from moeclip_hf.pretrained import Pretrained
 from moeclip_hf.training import MoECLIPTrainer, Recipe, TrainingSamples, get_recipe, start_model, training_arguments
 
 PICTURE_SIZE = 256
@@ -118,10 +118,10 @@ def write_textures(root: Path, families: tuple[str, ...], normal: int, anomalous
     )
 
 
-def run(variant: str, seed: int, steps: int, batch_size: int, folder: Path) -> dict[str, Any]:
+def run(variant: str, seed: int, steps: int, batch_size: int, image_size: int | None, folder: Path) -> dict[str, Any]:
     """Train one model and score it."""
     recipe = recipe_of(variant, steps, batch_size)
-    model, processor = start_model("embedded", recipe, seed, fresh=True)
+    model, processor = start_model("embedded", recipe, seed, fresh=True, image_size=image_size)
     args = training_arguments(
         folder / "run",
         recipe,
@@ -177,13 +177,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--image-size", type=int, help="edge of the input in pixels; the checkpoint's by default")
     parser.add_argument("--output", type=Path, default=Path("outputs/experts.jsonl"))
     parser.add_argument("--table", action="store_true", help="print the file's results, run nothing")
     args = parser.parse_args()
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     results = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
-    done = {(result["variant"], result["seed"], result["steps"]) for result in results}
+    done = {tuple(result[name] for name in ("variant", "seed", "steps", "image_size")) for result in results}
     folder = Path(tempfile.mkdtemp(prefix="experts-"))
     try:
         if not args.table:
@@ -192,14 +193,15 @@ def main() -> None:
             for seed in args.seeds:
                 for variant in args.variants:
                     steps = 0 if variant == "plain-clip" else args.steps
-                    if (variant, seed, steps) in done:
+                    if (variant, seed, steps, args.image_size) in done:
                         continue
                     if variant == "plain-clip":
-                        model, processor = load_pretrained(device="cpu", dtype="float32")
-                        figures = score_plain_clip(model, processor, load_folder(folder / "unseen"))
+                        clip = start_model("embedded", get_recipe("paper"), image_size=args.image_size)
+                        figures = score_plain_clip(*clip, load_folder(folder / "unseen"))
                         result = {"variant": variant, "seed": seed, "steps": 0, "trained": figures}
                     else:
-                        result = run(variant, seed, args.steps, args.batch_size, folder)
+                        result = run(variant, seed, args.steps, args.batch_size, args.image_size, folder)
+                    result["image_size"] = args.image_size
                     results.append(result)
                     with args.output.open("a") as file:
                         file.write(json.dumps(result) + "\n")

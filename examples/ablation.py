@@ -120,6 +120,7 @@ class Run:
         steps: of training; the recipe's epochs if `None`.
         seed: of everything random.
         depthwise: whether patches are mixed with their neighbours for the image embedding.
+        image_size: edge in pixels of the model's input; the checkpoint's if `None`.
     """
 
     clip: str
@@ -130,6 +131,7 @@ class Run:
     steps: int | None
     seed: int
     depthwise: bool = True
+    image_size: int | None = None
 
     @classmethod
     def of(cls, variant: str, seed: int, args: argparse.Namespace) -> "Run":
@@ -144,7 +146,8 @@ class Run:
         }
         depthwise = model.pop("depthwise", True)
         recipe = get_recipe(args.recipe, **{name: value for name, value in given.items() if value is not None})
-        return cls(args.clip, args.train_dir, tuple(args.test_dir), recipe, model, args.steps, seed, depthwise)
+        test = tuple(args.test_dir)
+        return cls(args.clip, args.train_dir, test, recipe, model, args.steps, seed, depthwise, args.image_size)
 
     @property
     def key(self) -> str:
@@ -216,7 +219,9 @@ def leave_out_depthwise_convolution(model: MoECLIPModel) -> None:
 def execute(run: Run, train_rows: Any, test_rows: Sequence[Any], folder: Path) -> dict[str, Any]:
     """Train a model, or go on with what `folder` holds of it, and evaluate it; figures from 0 to 1, cosines to -1."""
     if not (folder / "config.json").exists():  # written last: with it the model is whole
-        model, processor = start_model(run.clip, run.recipe, run.seed, fresh=True, **run.model)
+        model, processor = start_model(
+            run.clip, run.recipe, run.seed, fresh=True, image_size=run.image_size, **run.model
+        )
         if not run.depthwise:
             leave_out_depthwise_convolution(model)
         args = training_arguments(
@@ -467,6 +472,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="the recipe's by default")
     parser.add_argument("--learning-rate", type=float, help="of everything; the recipe's by default")
     parser.add_argument("--halve-at", type=int, nargs="+", metavar="STEP", help="the recipe's steps by default")
+    parser.add_argument("--image-size", type=int, help="edge of the input in pixels; the checkpoint's by default")
     parser.add_argument("--recipe", choices=RECIPES, default="paper")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/ablation"))
     args = parser.parse_args()

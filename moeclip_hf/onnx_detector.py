@@ -9,6 +9,7 @@ import torch
 
 from moeclip_hf.errors import CheckpointError, MoECLIPError
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
+from moeclip_hf.pretrained import check_processor, refuse_links
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -67,8 +68,8 @@ def load_onnx(source: "str | PathLike[str]", device: str | None = None) -> OnnxD
 
     Raises:
         MoECLIPError: if onnxruntime is missing, or has no such device.
-        CheckpointError: if there is no such graph, or it cannot be loaded. onnxruntime refuses one whose weights lie
-            outside its folder.
+        CheckpointError: if there is no such graph, it cannot be loaded, or no image could be scored with the
+            processor beside it. onnxruntime refuses a graph whose weights lie outside its folder.
     """
     try:
         import onnxruntime
@@ -83,10 +84,14 @@ def load_onnx(source: "str | PathLike[str]", device: str | None = None) -> OnnxD
     options.log_severity_level = _ONLY_ERRORS
     options.intra_op_num_threads = torch.get_num_threads()
     providers = _providers(device, onnxruntime.get_available_providers())
+    refuse_links(path.parent)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         description = json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
-        processor = MoECLIPProcessor.from_pretrained(path.parent, local_files_only=True)
+        processor = MoECLIPProcessor.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
+        check_processor(str(path.parent), processor)
+    except CheckpointError:
+        raise
     except KeyError as error:
         raise CheckpointError(f"{path}: was not written by `moeclip export`.") from error
     except Exception as error:  # onnxruntime's own know no common base

@@ -187,7 +187,7 @@ def _fetch(source: "str | PathLike[str]", files: Sequence[str], revision: str | 
     """A folder whose files are its own, or a snapshot with what of a Hub repository fits the patterns."""
     folder = Path(source)
     if folder.is_dir():
-        _refuse_links(folder)
+        refuse_links(folder)
         return folder
     try:
         return Path(
@@ -200,8 +200,13 @@ def _fetch(source: "str | PathLike[str]", files: Sequence[str], revision: str | 
         raise CheckpointError(reason) from error
 
 
-def _refuse_links(folder: Path) -> None:
-    """Refuse links that lead out of a folder, and pipes and devices, which cannot be read to an end."""
+def refuse_links(folder: Path) -> None:
+    """
+    Refuse links that lead out of a model's folder, and pipes and devices, which cannot be read to an end.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
     root = folder.resolve()
     # Snapshots of the Hub's cache are links to what is stored beside them.
     roots = [root] if root.parent.name != "snapshots" else [root.parent.parent, Path(constants.HF_HOME).resolve()]

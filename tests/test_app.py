@@ -231,6 +231,7 @@ def test_a_batch_names_what_cannot_be_read_and_scores_the_rest_as_predict_does(h
     with open(download["value"], encoding="utf-8-sig", newline="") as file:
         written = list(csv.DictReader(file))
     assert [line["file"] for line in written] == ["spot.png", "text.png", "large.png"]
+    assert {line["model"] for line in written} == {"embedded demonstration"}
     assert float(written[0]["score"]) == pytest.approx(expected.score, abs=1e-5)
     assert float(written[0]["threshold"]) == pytest.approx(pretrained.processor.image_threshold, abs=1e-6)
     assert written[1]["score"] == ""
@@ -282,14 +283,14 @@ def test_a_batch_of_nothing_or_of_too_much_is_refused(handlers, spotted, monkeyp
 
 @pytest.mark.parametrize("name", ["=1+1.png", "+1.png", "-1.png", "@SUM(A1).png", "\t=1.png"])
 def test_a_spreadsheet_takes_no_cell_for_a_formula(name):
-    (row,) = csv.DictReader(io.StringIO(batch_csv([BatchRow(name, name, 0.25)], 0.5)))
-    assert row["file"] == row["class_name"] == f"'{name}"
+    (row,) = csv.DictReader(io.StringIO(batch_csv([BatchRow(name, name, name, 0.25)], 0.5)))
+    assert row["file"] == row["class_name"] == row["model"] == f"'{name}"
     assert (row["score"], row["verdict"]) == ("0.250000", "normal")
 
 
 def test_a_name_with_commas_and_quotes_survives_the_table():
     name = 'a, "b"\n.png'
-    (row,) = csv.DictReader(io.StringIO(batch_csv([BatchRow(name, "nut", error="why")], 0.5), newline=""))
+    (row,) = csv.DictReader(io.StringIO(batch_csv([BatchRow(name, "nut", "m", error="why")], 0.5), newline=""))
     assert (row["file"], row["verdict"], row["error"]) == (name, "unreadable", "why")
 
 

@@ -65,6 +65,7 @@ def test_machines_get_a_line_of_json_an_image(images, tmp_path):
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert [Path(row["image"]).name for row in rows] == ["good.png", "spot.jpg"]
     for row in rows:
+        assert row["model"] == str(EMBEDDED_CHECKPOINT)
         assert 0 <= row["score"] <= 1
         assert row["is_anomalous"] is (row["score"] >= 0.1)
         anomaly_map = np.load(row["map"])

@@ -221,6 +221,9 @@ def run(*arguments: str | Path):
     return CliRunner().invoke(app, ["predict", *map(str, arguments), "--device", "cpu"])
 
 
+BOTH_THRESHOLDS = ["--threshold", "0.5", "--pixel-threshold", "0.5"]
+
+
 @pytest.mark.parametrize(
     ("options", "tiling", "size"),
     [
@@ -242,10 +245,26 @@ def test_the_command_does_as_the_library(pretrained, tmp_path, options, tiling, 
     assert row["score"] == pytest.approx(expected["score"], abs=1e-5)
     assert np.allclose(np.load(row["map"]), expected["map"].numpy(), atol=1e-5)
     assert Image.open(row["overlay"]).size == (320, 200)
+    assert ("thresholds are for whole images" in result.stderr) == (tiling is not None)
+
+
+@pytest.mark.parametrize(("options", "is_said"), [(["--threshold", "0.5"], True), (BOTH_THRESHOLDS, False)])
+def test_thresholds_that_were_chosen_for_tiles_are_not_objected_to(tmp_path, options, is_said):
+    picture(64, 64).save(tmp_path / "part.png")
+    result = run(tmp_path / "part.png", "--tile", "auto", "--no-overlays", *options)
+    assert result.exit_code == 0, result.output
+    assert ("thresholds are for whole images" in result.stderr) == is_said
 
 
 @pytest.mark.parametrize(
-    "options", [["--tile", "big"], ["--tile", "0"], ["--tile-overlap", "1"], ["--image-size", "0"]]
+    "options",
+    [
+        ["--tile", "big"],
+        ["--tile", "0"],
+        ["--tile", "9", "--tile-overlap", "1"],
+        ["--tile-overlap", "0.5"],
+        ["--image-size", "0"],
+    ],
 )
 def test_wrong_usage_ends_with_status_2(options):
     assert run("x.png", *options).exit_code == 2

@@ -77,10 +77,11 @@ class Inspection:
 
 @dataclass(frozen=True)
 class BatchRow:
-    """A file of a batch: its score, 0 to 1, or why it could not be read."""
+    """A file of a batch, and the model's title: its score, 0 to 1, or why it could not be read."""
 
     file: str
     class_name: str
+    model: str
     score: float | None = None
     error: str | None = None
 
@@ -176,11 +177,11 @@ class Inspector:
 
         for path, image in read_ahead(read, paths, depth=2):
             if isinstance(image, UnreadableImageError):
-                yield BatchRow(path.name, class_name, error=str(image))
+                yield BatchRow(path.name, class_name, model.title, error=str(image))
             else:
                 with self._model_in_use:
                     score = detect(pretrained, image, anchors).score
-                yield BatchRow(path.name, class_name, score)
+                yield BatchRow(path.name, class_name, model.title, score)
 
     def _pretrained(self, name: str) -> Pretrained:
         if name == self._own[0]:
@@ -255,16 +256,17 @@ def threshold_meant(shown: float, own: float) -> float:
 
 def batch_csv(rows: Iterable[BatchRow], threshold: float) -> str:
     """
-    A table of a batch for spreadsheets: file, class, score, verdict, threshold, error.
+    A table of a batch for spreadsheets: file, class, model, score, verdict, threshold, error.
 
     A cell that a spreadsheet would take for a formula is preceded by an apostrophe.
     """
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(("file", "class_name", "score", "verdict", "threshold", "error"))
+    writer.writerow(("file", "class_name", "model", "score", "verdict", "threshold", "error"))
     for row in rows:
         score = "" if row.score is None else f"{row.score:.6f}"
-        cells = (row.file, row.class_name, score, row.verdict(threshold), f"{threshold:.6f}", row.error or "")
+        verdict = row.verdict(threshold)
+        cells = (row.file, row.class_name, row.model, score, verdict, f"{threshold:.6f}", row.error or "")
         writer.writerow(
             [f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell for cell in cells]
         )

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 _PIXELS_AHEAD = 1 << 23
 # In bytes, so that file systems, which take 255, take it with an ending as well.
 _LONGEST_NAME = 240
+_THRESHOLDS_IN_TILES = (
+    "the checkpoint's thresholds are for whole images, and scores rise with the number of tiles: set --threshold and "
+    "--pixel-threshold from normal images in the same tiles (docs/large_images.md)."
+)
 
 
 class MapFormat(str, Enum):
@@ -107,8 +111,9 @@ def predict(
         ),
     ] = None,
     tile_overlap: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Share of a tile's side in common with the next one.")
-    ] = 0.25,
+        float | None,
+        typer.Option(min=0, max=0.9, help="Share of a tile's side in common with the next one.", show_default="0.25"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images or tiles at once; no score depends on it.")] = 8,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.", show_default="the best there is")] = None,
     dtype: Annotated[
@@ -121,7 +126,7 @@ def predict(
     Each score lies in 0 to 1 and depends on its image and the checkpoint alone. A file that cannot be read is named,
     the rest is done, and the exit status is 1.
     """
-    tile_size = _tile_size(tile)
+    tile_size = _tile_size(tile, tile_overlap)
 
     import warnings
 
@@ -132,6 +137,7 @@ def predict(
 
     from moeclip_hf.prediction import find_images, input_size
     from moeclip_hf.prediction import predict as predict_files
+    from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT
     from moeclip_hf.tiling import Tiling
 
     logging.disable_progress_bar()
@@ -142,11 +148,13 @@ def predict(
         output_dir.mkdir(parents=True, exist_ok=True)  # now rather than after an hour
     detector = _load_detector(model, revision, backend, device, dtype)
     processor = detector.processor
+    if tile and None in (threshold, pixel_threshold):
+        typer.echo(f"moeclip: {_THRESHOLDS_IN_TILES}", err=True)
     threshold = processor.image_threshold if threshold is None else threshold
     pixel_threshold = processor.pixel_threshold if pixel_threshold is None else pixel_threshold
     names = _output_names(paths)
     size = input_size(processor, image_size, keep_aspect)
-    tiling = Tiling(tile_size, tile_overlap) if tile else None
+    tiling = (Tiling(tile_size) if tile_overlap is None else Tiling(tile_size, tile_overlap)) if tile else None
     predictions = predict_files(
         detector, paths, class_name, batch_size, threshold, pixel_threshold, size=size, tiling=tiling
     )
@@ -158,7 +166,7 @@ def predict(
         for prediction in track(
             predictions, "scoring", len(paths), console=errors, transient=True, disable=not errors.is_terminal
         ):
-            row = _describe(prediction, class_name, threshold)
+            row = _describe(prediction, class_name, str(model or EMBEDDED_CHECKPOINT), threshold)
             if prediction.error is None:
                 name = names[prediction.path]
                 targets = {
@@ -206,7 +214,9 @@ def _load_detector(
     return load_onnx(model, device)
 
 
-def _tile_size(tile: str | None) -> int | None:
+def _tile_size(tile: str | None, overlap: float | None) -> int | None:
+    if tile is None and overlap is not None:
+        raise typer.BadParameter("tiles overlap, and there are none without --tile", param_hint="--tile-overlap")
     if tile is None or tile == "auto":
         return None
     if not tile.isdecimal() or int(tile) < 1:
@@ -235,8 +245,8 @@ def _shortened(path: str) -> str:
     return os.fsdecode(os.path.join(folder, name))
 
 
-def _describe(prediction: "Prediction", class_name: str, threshold: float) -> dict[str, Any]:
-    row: dict[str, Any] = {"image": str(prediction.path), "class_name": class_name, "score": prediction.score}
+def _describe(prediction: "Prediction", class_name: str, model: str, threshold: float) -> dict[str, Any]:
+    row = {"image": str(prediction.path), "class_name": class_name, "model": model, "score": prediction.score}
     if prediction.error is not None:
         return row | {"error": prediction.error}
     size = {"width": prediction.image.width, "height": prediction.image.height} if prediction.image else {}

@@ -96,7 +96,7 @@ def push(
         facts = {"url": str(commit.repo_url), "commit": commit.oid, "commit_url": commit.commit_url}
         print(json.dumps({"repo_id": repo_id, **facts, "pull_request": commit.pr_url}))
     else:
-        typer.echo(f"Pushed to {commit.pr_url or commit.repo_url}")
+        typer.echo(f"Opened a pull request: {commit.pr_url}" if create_pr else f"Pushed to {commit.repo_url}")
         if not (revision or create_pr):
             typer.echo(f"Try it: moeclip predict IMAGES --model {repo_id}")
 

@@ -1,10 +1,13 @@
 """Configuration of a MoE-LoRA adapter."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftType
 from peft.config import PeftConfig
+
+from moeclip_hf.tuner.expressions import is_bounded
 
 PEFT_TYPE = "MOE_LORA"
 
@@ -44,9 +47,11 @@ class MoELoraConfig(PeftConfig):
             Suffixes of module names, or a regular expression that must match a whole name. By default, for a CLIP, the
             vision tower's blocks at the quarters of its depth, and for a MoECLIP those that it takes features from.
             Mind that the suffix `layers.5` names a block of CLIP's text tower too; the expression
-            `vision_model\.encoder\.layers\.(5|11)` names two blocks of the vision tower alone.
+            `vision_model\.encoder\.layers\.(5|11)` names two blocks of the vision tower alone. An expression that
+            Python could take hours over is refused: it may have two `*` or `+` over single characters, and groups of
+            alternatives beside, not within, each other.
         exclude_modules (`list[str]` or `str`, *optional*):
-            Names that are no targets even so.
+            As `target_modules`: what is no target even so.
         modules_to_save (`list[str]`, *optional*):
             Modules to train in full and save with the adapter. By default MoECLIP's heads for a MoECLIP (they are as
             much a part of what is learnt), nothing for other models; `[]` for none.
@@ -92,6 +97,15 @@ class MoELoraConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+            expression = getattr(self, name)
+            if isinstance(expression, str) and not is_bounded(expression):
+                raise ValueError(
+                    f"{name} ({expression[:60]!r}) is an expression that could take hours to match: use simpler groups "
+                    f"and fewer repetitions, or list the names."
+                )
+        for module in self.modules_to_save or ():
+            if not (isinstance(module, str) and re.fullmatch(r"[\w.]+", module)):
+                raise ValueError(f"modules_to_save ({str(module)[:60]!r}) takes names of modules.")
         if self.r < 1:
             raise ValueError(f"r ({self.r}) must be at least 1.")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
