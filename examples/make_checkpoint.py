@@ -50,12 +50,13 @@ TEXTURES: dict[str, tuple[tuple[str, ...], tuple[str, ...], int, int, int]] = {
 PHOTOGRAPHS = {"brick_wall": "brick", "grass": "grass", "gravel": "gravel"}  # class: scikit-image's photograph
 CROPS_A_PHOTOGRAPH = 60
 REPORTED = ("test", "test_unseen_defects", "photographs")
-IMAGE_SIZE = 176
+IMAGE_SIZE = 256
 TRAINING: Mapping[str, object] = {
     "image-size": IMAGE_SIZE,
+    "feature-layers": "4,6,8",
     "batch-size": 16,
-    "max-steps": 400,
-    "halve-at": "200,300",
+    "max-steps": 200,
+    "halve-at": "100,150",
     "learning-rate": 2e-3,
     "expert-learning-rate": 2e-3,
 }
