@@ -5,7 +5,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import pytest
+from limits import memory_limit
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +37,33 @@ def tokenizer():
     return CLIPTokenizer(
         vocab=vocab, merges=[tuple(merge.split()) for merge in dict.fromkeys(merges)], model_max_length=20
     )
+
+
+@pytest.fixture
+def bounded_memory() -> Iterator[None]:
+    """Nothing may set aside more than 2 GB; what would is refused by the system, not by luck."""
+    with memory_limit(2 << 30):
+        yield
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A copy of the embedded checkpoint, to be spoiled."""
+    from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT
+
+    return Path(shutil.copytree(EMBEDDED_CHECKPOINT, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def command(monkeypatch, capfdbinary) -> Callable[..., tuple[int, bytes, bytes]]:
+    """Runs `moeclip` in this process, and gives its status, what it printed, and what it said on standard error."""
+    from moeclip_hf.cli import main
+
+    def run(*arguments: str | Path) -> tuple[int, bytes, bytes]:
+        monkeypatch.setattr(sys, "argv", ["moeclip", *map(str, arguments)])
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), *capfdbinary.readouterr()
+
+    return run

@@ -2,7 +2,6 @@
 
 import io
 import json
-import resource
 import warnings
 from pathlib import Path
 from typing import Any
@@ -41,14 +40,7 @@ VALUES = st.recursive(
 )
 
 
-@pytest.fixture(autouse=True)
-def bounded_memory():
-    """Nothing here may set aside more than 2 GB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (2 << 30), before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
+pytestmark = pytest.mark.usefixtures("bounded_memory")
 
 
 def examples(count: int) -> settings:

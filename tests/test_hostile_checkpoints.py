@@ -1,118 +1,36 @@
-"""Checkpoints, adapters and CLIPs that lie: each is refused by name in one line, soon, and nothing of it is run."""
+"""Checkpoints that lie: each is refused by name in one line, soon, and nothing of it is run."""
 
 import io
-import json
-import os
-import resource
 import shutil
 import struct
-import sys
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from plain_clip import PlainCLIP
-from released_adapters import random_adapter
-from safetensors.torch import load_file, save_file
-from transformers import CLIPModel
+from spoiled_models import (
+    HUGE,
+    PROJECTION,
+    WEIGHTS,
+    Spoil,
+    assert_told,
+    config,
+    content,
+    indexed_outside,
+    linked_out,
+    linked_to,
+    pipe,
+    processor,
+    settings,
+    weights,
+)
 
-from moeclip_hf.adapters import full_to_adapter, load_adapter
-from moeclip_hf.conversion import convert_released, load_clip
-from moeclip_hf.errors import CheckpointError, ConversionError
+from moeclip_hf.errors import CheckpointError
 from moeclip_hf.hub import write_repository
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, fetch_checkpoint, load_pretrained
 from moeclip_hf.training.recipes import get_recipe
 from moeclip_hf.training.run import start_model
 
-HUGE = 10**9
-WEIGHTS, ADAPTER_WEIGHTS = "model.safetensors", "adapter_model.safetensors"
-
-Spoil = Callable[[Path], Any]
-
-
-@pytest.fixture(autouse=True)
-def bounded_memory():
-    """Nothing here may set aside more than 2 GB; what would is refused by the system, not by luck."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (2 << 30), before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-def assert_told(error: CheckpointError, path: Path) -> None:
-    message = str(error)
-    assert str(path) in message
-    assert "\n" not in message
-    assert "allocate" not in message and "MemoryError" not in message, "it was refused for lack of memory alone"
-
-
-def settings(file: str, **changes: Any) -> Spoil:
-    """Set what a file of JSON says; `a__b` is b within a."""
-
-    def spoil(folder: Path) -> None:
-        document = json.loads((folder / file).read_text())
-        for path, value in changes.items():
-            *outer, name = path.split("__")
-            place = document
-            for key in outer:
-                place = place[key]
-            place[name] = value
-        (folder / file).write_text(json.dumps(document))
-
-    return spoil
-
-
-def config(**changes: Any) -> Spoil:
-    return settings("config.json", **changes)
-
-
-def processor(**changes: Any) -> Spoil:
-    return settings("processor_config.json", **changes)
-
-
-def weights(change: Callable[[dict[str, torch.Tensor]], Any], file: str = WEIGHTS) -> Spoil:
-    def spoil(folder: Path) -> None:
-        tensors = load_file(folder / file)
-        change(tensors)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-
-    return spoil
-
-
-def content(file: str, change: Callable[[bytes], bytes]) -> Spoil:
-    return lambda folder: (folder / file).write_bytes(change((folder / file).read_bytes()))
-
-
-def moved_out(folder: Path, file: str) -> Path:
-    outside = folder.parent / f"outside-{file}"
-    (folder / file).rename(outside)
-    return outside
-
-
-def linked_out(file: str) -> Spoil:
-    return lambda folder: (folder / file).symlink_to(moved_out(folder, file))
-
-
-def linked_to(file: str, target: str) -> Spoil:
-    return lambda folder: ((folder / file).unlink(), (folder / file).symlink_to(target))
-
-
-def pipe(file: str) -> Spoil:
-    return lambda folder: ((folder / file).unlink(), os.mkfifo(folder / file))
-
-
-def indexed_outside(folder: Path) -> None:
-    outside = moved_out(folder, WEIGHTS)
-    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(outside), f"../{outside.name}")}
-    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
-    (folder / "decoy.safetensors").touch()
-
-
-PROJECTION = "text_adapter.projection.weight"
+pytestmark = pytest.mark.usefixtures("bounded_memory")
 
 CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
     # Weights
@@ -202,11 +120,6 @@ CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
 }
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    return Path(shutil.copytree(EMBEDDED_CHECKPOINT, tmp_path / "checkpoint"))
-
-
 @pytest.mark.parametrize(("spoil", "message"), CHECKPOINTS.values(), ids=CHECKPOINTS)
 def test_a_checkpoint_that_lies_is_refused_by_name(checkpoint, spoil, message):
     spoil(checkpoint)
@@ -227,17 +140,11 @@ def test_training_does_not_start_from_a_checkpoint_that_lies(checkpoint, name):
     assert_told(error.value, checkpoint)
 
 
-def test_the_command_says_it_in_one_line(checkpoint, monkeypatch, capsys):
-    from moeclip_hf.cli import main
-
+def test_the_command_says_it_in_one_line(checkpoint, command):
     CHECKPOINTS["NaN"][0](checkpoint)
-    monkeypatch.setattr(
-        sys, "argv", ["moeclip", "export", "--output", str(checkpoint / "out"), "--model", str(checkpoint)]
-    )
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 1
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    status, _, said = command("export", "--output", checkpoint / "out", "--model", checkpoint)
+    assert status == 1
+    assert len(said.splitlines()) == 1
     assert not (checkpoint / "out").exists()
 
 
@@ -293,235 +200,3 @@ def test_no_code_of_a_checkpoint_is_run_nor_asked_about(checkpoint, tmp_path, mo
         assert_told(error, checkpoint)
     assert not canary.exists()
     assert "[y/N]" not in "".join(capsys.readouterr())
-
-
-class Payload:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, canary: Path):
-        self.canary = canary
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.canary}",)
-
-
-# Adapters
-
-
-@pytest.fixture(scope="module")
-def adapter_made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters") / "adapter"
-    loaded = load_pretrained(device="cpu", dtype="float32")
-    full_to_adapter(loaded.model, base=str(EMBEDDED_CHECKPOINT)).save_pretrained(folder)
-    loaded.processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def adapter(adapter_made, tmp_path):
-    return Path(shutil.copytree(adapter_made, tmp_path / "adapter"))
-
-
-def adapter_config(**changes: Any) -> Spoil:
-    return settings("adapter_config.json", **changes)
-
-
-def adapter_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Spoil:
-    return weights(change, ADAPTER_WEIGHTS)
-
-
-def first(tensors: dict[str, torch.Tensor], end: str) -> str:
-    return next(name for name in sorted(tensors) if name.endswith(end))
-
-
-ADAPTERS: dict[str, tuple[Spoil, str]] = {
-    "NaN": (adapter_weights(lambda t: t[first(t, "lora_B")].fill_(float("nan"))), "1 non-finite .*lora_B"),
-    "an extra weight": (adapter_weights(lambda t: t.update(extra=torch.zeros(3))), r"1 unknown \(extra\)"),
-    "missing experts": (adapter_weights(lambda t: t.pop(first(t, "lora_B"))), "1 missing .*lora_B"),
-    "a missing head": (
-        adapter_weights(lambda t: t.pop(first(t, PROJECTION))),
-        rf"lacks a weight .*{PROJECTION}",
-    ),
-    "no experts": (adapter_weights(lambda t: [t.pop(name) for name in list(t) if "lora_A" in name]), "no experts"),
-    "a misshapen weight": (
-        adapter_weights(lambda t: t.update({first(t, "router.weight"): torch.zeros(2, 2)})),
-        "router",
-    ),
-    "a file cut short": (content(ADAPTER_WEIGHTS, lambda b: b[:3000]), "damaged or cut short"),
-    "a huge rank": (adapter_config(r=HUGE, use_fofs=False), "asks for 4 experts of rank 1000000000"),
-    "a billion experts": (adapter_config(num_experts=HUGE, use_fofs=False), "asks for 1000000000 experts"),
-    "text for a number": (adapter_config(num_experts="4"), "cannot be read as an adapter"),
-    "targets that are not there": (adapter_config(target_modules="nowhere"), "cannot be put into"),
-    "no expression": (adapter_config(target_modules="("), "cannot be put into"),
-    "an unknown type": (adapter_config(peft_type="EVIL"), "cannot be read as an adapter"),
-    "an unknown activation": (adapter_config(base_settings__vision_config={"hidden_act": "evil"}), "'evil'"),
-    "taps beyond the tower": (adapter_config(base_settings__feature_layers=[99]), r"\[99\]"),
-    "settings that are none": (adapter_config(base_settings=[1]), "cannot be loaded as the base"),
-    "a list": (content("adapter_config.json", lambda b: b"[]"), "cannot be read as an adapter"),
-    "weights elsewhere": (linked_out(ADAPTER_WEIGHTS), "out of its folder"),
-    "a base that is not there": (adapter_config(base_model_name_or_path="/nowhere"), "/nowhere: cannot be loaded as"),
-}
-
-
-@pytest.mark.parametrize(("spoil", "message"), ADAPTERS.values(), ids=ADAPTERS)
-def test_an_adapter_that_lies_is_refused_by_name(adapter, spoil, message):
-    spoil(adapter)
-    with pytest.raises(CheckpointError, match=message) as error:
-        load_pretrained(adapter, device="cpu")
-    assert_told(error.value, adapter)
-
-
-def test_an_adapter_of_pickles_is_not_read(adapter, tmp_path):
-    torch.save({"evil": Payload(tmp_path / "canary")}, adapter / "adapter_model.bin")
-    (adapter / ADAPTER_WEIGHTS).unlink()
-    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is missing"):
-        load_adapter(adapter)
-    assert not (tmp_path / "canary").exists()
-
-
-@pytest.mark.parametrize("spoil", ["payload", "expanded", "huge", "NaN"])
-def test_a_base_that_lies_is_refused_by_name(adapter, checkpoint, tmp_path, spoil):
-    if spoil == "payload":
-        (checkpoint / WEIGHTS).unlink()
-        torch.save({"evil": Payload(tmp_path / "canary")}, checkpoint / "pytorch_model.bin")
-    elif spoil == "expanded":
-        tensors = load_file(checkpoint / WEIGHTS)
-        (checkpoint / WEIGHTS).unlink()
-        tensors[PROJECTION] = torch.zeros(1).expand(HUGE, HUGE)
-        torch.save(tensors, checkpoint / "pytorch_model.bin")
-    elif spoil == "huge":
-        config(text_config__vocab_size=1 << 20)(checkpoint)
-    else:
-        weights(lambda t: t["logit_scale"].fill_(float("nan")))(checkpoint)
-    message = {
-        "payload": "holds posix.system, not only tensors",
-        "expanded": "1 of fewer numbers than their shape",
-        "huge": "1 misshapen",
-        "NaN": "1 non-finite",
-    }[spoil]
-    with pytest.raises(CheckpointError, match=message) as error:
-        load_adapter(adapter, base=checkpoint)
-    assert_told(error.value, checkpoint)
-    assert not (tmp_path / "canary").exists()
-
-
-# Other formats
-
-
-CONV1, TOKENS, BIAS = "visual.conv1.weight", "token_embedding.weight", "visual.transformer.resblocks.0.mlp.c_fc.bias"
-LORA = "moe_adapters.0.experts.0.lora_A.weight"
-
-
-def sparse(*shape: int) -> torch.Tensor:
-    return torch.sparse_coo_tensor([[0], [0]], [1.0], shape, check_invariants=True)
-
-
-TENSORS: dict[str, tuple[dict[Any, torch.Tensor], str]] = {
-    "one number for a vocabulary": ({TOKENS: torch.zeros(1).expand(HUGE, 64)}, "1 of fewer numbers than their shape"),
-    "a sparse vocabulary": ({TOKENS: sparse(HUGE, 64)}, "1 of fewer numbers than their shape"),
-    "no numbers at all": ({TOKENS: torch.empty(HUGE, 64, device="meta")}, "1 of fewer numbers than their shape"),
-    "a number for a name": ({7: torch.zeros(2)}, r"1 without a name \(7\)"),
-    "a name of two lines": ({"a\nb": torch.zeros(2)}, r"1 unknown \('a\\nb'\)"),
-    "a bias that is a number": ({BIAS: torch.tensor(1.0)}, r"1 misshapen \(visual.*: \(\), not"),
-    "a bias of nothing": ({BIAS: torch.zeros(0)}, "misshapen"),
-    "eighth-precision numbers": ({CONV1: torch.zeros(128, 3, 16, 16).to(torch.float8_e4m3fn)}, "1 of another type"),
-    "complex numbers": ({CONV1: torch.zeros(128, 3, 16, 16, dtype=torch.complex64)}, "1 of another type"),
-    "thousands of blocks": (
-        {f"visual.transformer.resblocks.{block}.ln_1.bias": torch.zeros(1) for block in range(500)},
-        "unknown",
-    ),
-}
-
-
-@pytest.mark.filterwarnings("ignore:Sparse")
-@pytest.mark.parametrize(("tensors", "message"), TENSORS.values(), ids=TENSORS)
-def test_a_clip_that_lies_is_refused_by_name(tmp_path, tensors, message):
-    path = tmp_path / "clip.pt"
-    torch.save(PlainCLIP().state_dict() | tensors, path)
-    with pytest.raises(ConversionError, match=message) as error:
-        load_clip(path)
-    assert_told(error.value, path)
-
-
-@pytest.mark.parametrize(
-    ("name", "tensor"),
-    [
-        (LORA, torch.zeros(1).expand(8, 10**12)),
-        (LORA, torch.empty(8, 128, device="meta")),
-        ("seg_proj.0.fc.weight", torch.zeros(1).expand(HUGE, 128)),
-    ],
-    ids=["one number", "no numbers", "a huge projection"],
-)
-def test_a_released_adapter_that_lies_is_refused_by_name(tmp_path, name, tensor):
-    adapter = random_adapter()
-    adapter["image_adapter"][name] = tensor
-    torch.save(adapter, tmp_path / "moe_last.pth")
-    with pytest.raises(ConversionError, match="1 of fewer numbers than their shape") as error:
-        convert_released(tmp_path / "moe_last.pth", PlainCLIP().state_dict())
-    assert_told(error.value, tmp_path / "moe_last.pth")
-
-
-def archive(path: Path, data: bytes, compression: int = zipfile.ZIP_STORED) -> None:
-    with zipfile.ZipFile(path, "w", compression) as opened:
-        opened.writestr("clip/data.pkl", data)
-        opened.writestr("clip/constants.pkl", b"")
-
-
-_MODULE = b"c__torch__\nM\n)\x81"
-ARCHIVES = {
-    "a bomb": (b"\x80\x02" + b"0" * (80 << 20), zipfile.ZIP_DEFLATED, "would unpack to 83,886,082 bytes"),
-    "a memory of billions": (b"\x80\x02]r\x00\x00\x00\x60.", zipfile.ZIP_STORED, "damaged or cut short"),
-    "modules that double": (
-        b"\x80\x02" + _MODULE + b"q\x00" + (_MODULE + b"}(U\x01ah\x00U\x01bh\x00ubq\x00") * 40 + b".",
-        zipfile.ZIP_STORED,
-        "damaged or cut short",
-    ),
-    "a module within itself": (
-        b"\x80\x02" + _MODULE + b"q\x00}U\x01ah\x00sb.",
-        zipfile.ZIP_STORED,
-        "damaged or cut short",
-    ),
-}
-
-
-@pytest.mark.parametrize(("data", "compression", "message"), ARCHIVES.values(), ids=ARCHIVES)
-def test_an_archive_that_grows_when_it_is_read_is_refused(tmp_path, data, compression, message):
-    archive(tmp_path / "clip.pt", data, compression)
-    with pytest.raises(ConversionError, match=message) as error:
-        load_clip(tmp_path / "clip.pt")
-    assert_told(error.value, tmp_path / "clip.pt")
-
-
-CLIPS: dict[str, tuple[Spoil, str]] = {
-    "a huge vocabulary": (config(text_config__vocab_size=HUGE), "1 misshapen"),
-    "a huge depth": (config(vision_config__num_hidden_layers=HUGE), "asks for 1000000000 blocks"),
-    "a width beyond numbers": (config(vision_config__hidden_size=2**62), "no model can be made"),
-    "a negative width": (config(vision_config__hidden_size=-32), "no model can be made"),
-    "whole numbers": (weights(lambda t: t.update(logit_scale=torch.tensor(1))), "1 of another type"),
-    "NaN": (weights(lambda t: t["logit_scale"].fill_(float("nan"))), r"1 non-finite \(logit_scale\)"),
-    "weights elsewhere": (linked_out(WEIGHTS), "out of its folder"),
-    "a list": (content("config.json", lambda b: b"[]"), "cannot be loaded as a CLIP"),
-}
-
-
-@pytest.mark.parametrize(("spoil", "message"), CLIPS.values(), ids=CLIPS)
-def test_a_folder_of_a_clip_that_lies_is_refused_by_name(tmp_path, spoil, message):
-    from tiny_models import tiny_config
-    from transformers import CLIPConfig
-
-    towers = {name: getattr(tiny_config(), name).to_dict() for name in ("text_config", "vision_config")}
-    CLIPModel(CLIPConfig(**towers)).save_pretrained(tmp_path / "clip")
-    spoil(tmp_path / "clip")
-    with pytest.raises(ConversionError, match=message) as error:
-        load_clip(tmp_path / "clip")
-    assert_told(error.value, tmp_path / "clip")
-
-
-def test_kernels_that_a_clip_names_are_not_fetched(tmp_path):
-    from tiny_models import tiny_config
-    from transformers import CLIPConfig
-
-    towers = {name: getattr(tiny_config(), name).to_dict() for name in ("text_config", "vision_config")}
-    CLIPModel(CLIPConfig(**towers)).save_pretrained(tmp_path)
-    config(attn_implementation="evil/kernel", _attn_implementation="evil/kernel")(tmp_path)
-    assert load_clip(tmp_path).config._attn_implementation == "sdpa"

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import CommitInfo
 from mini_hub import MiniHub
 from PIL import Image
 from training_runs import write_folder
@@ -411,6 +412,17 @@ def test_what_cannot_be_loaded_is_told_with_the_reason(workplace, refusals):
         "ann/moved: is no complete checkpoint: it has no model.safetensors, which may have been moved.",
         f"ann/torn: the connection to {workplace.hub.url} failed: try again.",
     ]
+
+
+def test_people_are_told_where_a_push_went_and_that_a_pull_request_was_opened(tmp_path, monkeypatch, command):
+    url = "https://hub/ann/it"
+    commit = CommitInfo(f"{url}/commit/0", "", "", "0", "https://hub")
+    request = CommitInfo(f"{url}/commit/0", "", "", "0", "https://hub", f"{url}/discussions/1")
+    monkeypatch.setattr("moeclip_hf.hub.push_to_hub", lambda *given, create_pr, **kw: request if create_pr else commit)
+    _, printed, _ = command("push", tmp_path, "ann/it", "--create-pr")
+    assert printed.decode() == f"Opened a pull request: {url}/discussions/1\n"
+    _, printed, _ = command("push", tmp_path, "ann/it")
+    assert printed.decode().startswith(f"Pushed to {url}\nTry it: ")
 
 
 def test_what_cannot_be_pushed_is_told_with_the_reason_and_nothing_is_made(refusals):

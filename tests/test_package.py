@@ -77,6 +77,34 @@ def test_importing_the_package_and_asking_for_help_load_nothing_heavy():
     assert run(sys.executable, "-c", code).strip().endswith("[]")
 
 
+def test_wrong_usage_is_told_before_anything_heavy_is_loaded(tmp_path):
+    (tmp_path / "file").touch()
+    code = (
+        "import sys, moeclip_hf.cli as cli\n"
+        "for arguments in sys.stdin.read().splitlines():\n"
+        "    sys.argv = ['moeclip', *arguments.split()]\n"
+        "    try:\n"
+        "        cli.main()\n"
+        "    except SystemExit as end:\n"
+        f"        print(end.code, [name for name in {HEAVY} if name in sys.modules])\n"
+    )
+    mistakes = (
+        "convert released",
+        "convert released --adapter a --clip c --output file",
+        "convert released --adapter a --clip c --output out --moe-layers few",
+        "convert openai --clip c --output file/below",
+        "convert openai --clip c --output out --vision-heads 0",
+        "convert export --model m --output .",
+        "predict x.png --tile-overlap 0.5",
+        "calibrate x.png --best-f1 --output out",
+        "push folder ann/it --dry-run out --private",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input="\n".join(mistakes), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["2 []"] * len(mistakes), done.stderr
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [

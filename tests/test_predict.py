@@ -3,8 +3,6 @@
 import json
 import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -132,13 +130,13 @@ def test_a_folder_may_take_its_own_results(images, tmp_path):
         (["--class-name", " "], 'use "object"'),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_status_1(images, tmp_path, arguments, words):
-    command = [sys.executable, "-m", "moeclip_hf.cli", "predict", "images/good.png", *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith("moeclip: ")
-    assert words in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_a_users_mistake_is_one_line_and_exit_status_1(images, tmp_path, monkeypatch, command, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    status, _, said = command("predict", "images/good.png", *arguments)
+    assert status == 1
+    assert said.startswith(b"moeclip: ")
+    assert words.encode() in said
+    assert said.count(b"\n") == 1
 
 
 def test_a_class_name_is_no_markup(images, tmp_path):

@@ -1,7 +1,10 @@
 """`moeclip export`, and `moeclip predict` with what it wrote."""
 
+import contextlib
+import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +17,8 @@ from typer.testing import CliRunner
 
 from moeclip_hf import MoECLIPConfig, MoECLIPModel, MoECLIPProcessor
 from moeclip_hf.cli import app
-from moeclip_hf.errors import MoECLIPError
+from moeclip_hf.errors import CheckpointError, MoECLIPError
+from moeclip_hf.onnx_detector import load_onnx
 from moeclip_hf.prediction import predict
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
 
@@ -138,6 +142,49 @@ def test_a_users_mistake_is_one_line(exported, images, arguments, words, tmp_pat
     assert isinstance(result.exception, MoECLIPError)
     assert words in str(result.exception)
     assert "\n" not in str(result.exception)
+
+
+@pytest.fixture
+def spoiled(exported, tmp_path) -> Path:
+    return Path(shutil.copytree(exported[0], tmp_path / "spoiled"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image_threshold": 7}, r"image_threshold \(7\) is not 0 to 1"),
+        ({"image_processor": {"image_std": [0, 0, 0]}}, r"image_std \(\[0, 0, 0\]\)"),
+        ({"image_processor": {"size": {"height": 10**9, "width": 8}}}, "over 8192 pixels"),
+        ({"image_processor": {"image_processor_type": "ViTImageProcessor"}}, "ViTImageProcessor.*, another model's"),
+        ({"image_processor": {"size": "large"}}, "cannot be loaded as an exported graph"),
+    ],
+)
+def test_a_processor_that_no_image_could_be_scored_with_is_refused_by_name(spoiled, changes, words):
+    path = spoiled / "processor_config.json"
+    settings = json.loads(path.read_text())
+    for name, value in changes.items():
+        settings[name] = settings[name] | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=words) as refusal:
+        load_onnx(spoiled)
+    assert str(spoiled) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_processor_that_leads_elsewhere_or_names_code_is_not_followed(spoiled, tmp_path, monkeypatch, capsys):
+    path = spoiled / "processor_config.json"
+    (spoiled / "evil.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w').close()\nclass Evil: ...\n")
+    code = {"auto_map": {"AutoProcessor": "evil.Evil"}, "processor_class": "Evil"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | code))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with contextlib.suppress(CheckpointError):
+        load_onnx(spoiled)
+    assert not (tmp_path / "canary").exists()
+    assert "[y/N]" not in "".join(capsys.readouterr())
+    path.rename(tmp_path / "elsewhere.json")
+    path.symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(CheckpointError, match=r"elsewhere\.json, out of its folder"):
+        load_onnx(spoiled)
 
 
 @pytest.mark.parametrize("arguments", [["--backend", "onnx"], ["--model", "x.onnx", "--dtype", "float16"]])

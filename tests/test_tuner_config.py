@@ -1,13 +1,16 @@
 """The configuration of a MoE-LoRA adapter, and its registration with PEFT."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+from limits import time_limit
 from peft import PeftConfig, PeftType
 
 from moeclip_hf.tuner import MoELoraConfig, MoELoraModel, register
+from moeclip_hf.tuner.model import vision_blocks
 
 SETTINGS = {
     "r": 3,
@@ -61,6 +64,61 @@ def test_defaults_are_those_of_the_paper():
 def test_contradictions_are_refused_with_the_values(settings, message):
     with pytest.raises(ValueError, match=message):
         MoELoraConfig(**settings)
+
+
+NAME = "vision_model.encoder.layers.11.self_attn.out_proj"
+EXPRESSIONS = [
+    vision_blocks(range(24)),
+    r"vision_model\.encoder\.layers\.(5|11)",
+    r".*\.layers\.\d+",
+    r".*encoder\.layers\.(?:5|11)\.self_attn\.(q|k|v)_proj",
+    r"a\.b|c\.d|[a-z_]+|[^.]x?",
+    "all-linear",
+    "",
+]
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_expressions_for_targets_that_are_soon_matched_are_taken(expression):
+    assert MoELoraConfig(target_modules=expression, exclude_modules=expression).target_modules == expression
+
+
+def test_the_costliest_expression_that_is_taken_is_soon_matched():
+    expression = ".*.*(.|.|.|.|.|.|.|.|.|.)!"
+    MoELoraConfig(target_modules=expression)
+    with time_limit(5):
+        assert re.fullmatch(expression, NAME) is None
+
+
+@pytest.mark.parametrize("setting", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "(.*)*x",
+        "(.+)+x",
+        "(?:a|a)*x",
+        "(.?){50}x",
+        "(.|.)" * 40 + "x",
+        ".?" * 40 + "x",
+        ".*" * 4 + "x",
+        ".*?" * 4 + "x",
+        "[^]]*" * 4 + "x",
+        "((.|.)(.|.))" * 20 + "x",
+        r"(?=(.*)*x)",
+        r"(.*)\1*x",
+        "(?x)( . * )*x",
+        "(",
+    ],
+)
+def test_expressions_that_may_take_hours_are_refused(setting, expression):
+    with pytest.raises(ValueError, match=rf"{setting} .* could take hours"):
+        MoELoraConfig(**{setting: expression})
+
+
+@pytest.mark.parametrize("name", ["(.*)*", "a|b", "", 3])
+def test_heads_are_named_not_described(name):
+    with pytest.raises(ValueError, match=r"modules_to_save .* names of modules"):
+        MoELoraConfig(modules_to_save=[name])
 
 
 def test_the_type_is_a_member_like_any_other():

@@ -100,8 +100,8 @@ class MoELoraConfig(PeftConfig):
             expression = getattr(self, name)
             if isinstance(expression, str) and not is_bounded(expression):
                 raise ValueError(
-                    f"{name} ({expression[:60]!r}) is an expression that could take hours to match: use simpler groups "
-                    f"and fewer repetitions, or list the names."
+                    f"{name} ({expression[:60]!r}) is an expression that could take hours to match: use simpler "
+                    f"groups and fewer repetitions, or list the names."
                 )
         for module in self.modules_to_save or ():
             if not (isinstance(module, str) and re.fullmatch(r"[\w.]+", module)):
