@@ -74,7 +74,7 @@ def route(router_logits: torch.Tensor, num_experts_per_tok: int) -> tuple[torch.
     probabilities = router_logits.softmax(dim=-1)
     if num_experts_per_tok == router_logits.shape[-1]:
         return probabilities, probabilities
-    chosen, experts = probabilities.topk(num_experts_per_tok, dim=-1)
+    chosen, experts = probabilities.topk(num_experts_per_tok, dim=-1, sorted=False)
     weights = torch.zeros_like(probabilities).scatter(-1, experts, chosen / chosen.sum(dim=-1, keepdim=True))
     return probabilities, weights
 
@@ -94,15 +94,19 @@ def norm_matched_residual(hidden_states: torch.Tensor, update: torch.Tensor, res
     """
     `lambda o ||x|| / (||o|| + 1e-6) + (1 - lambda) x`: the experts' answer, brought to its token's length, mixed in.
 
-    Norms are taken in float32. An update of zero leaves `(1 - lambda) x`, not x, and its gradient is large.
+    Norms and the sum are taken in float32. An update of zero leaves `(1 - lambda) x`, not x, and its gradient is
+    large.
 
     Args:
         hidden_states (`torch.Tensor`): x, (..., d).
-        update (`torch.Tensor`): o, (..., d).
+        update (`torch.Tensor`): o, (..., d). Where no gradients are recorded, the result may take its memory.
         residual_weight (`float`): lambda, 0 to 1.
     """
     scale = residual_weight * vector_norm(hidden_states) / (vector_norm(update) + _NORM_EPS)
-    return torch.addcmul((1 - residual_weight) * hidden_states, update, scale).to(hidden_states.dtype)
+    # Tokens are megabytes: writing to memory that is at hand costs less than half of writing to new memory.
+    in_place = update.dtype == scale.dtype and not torch.is_grad_enabled()
+    scaled = update.mul_(scale) if in_place else update * scale
+    return scaled.add_(hidden_states, alpha=1 - residual_weight).to(hidden_states.dtype)
 
 
 def load_variation(load: torch.Tensor) -> torch.Tensor:

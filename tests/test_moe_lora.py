@@ -113,6 +113,46 @@ def test_the_residual_survives_lengths_that_half_precision_cannot_hold(dtype):
     assert torch.allclose(adapted.float(), x.float(), rtol=0.01)
 
 
+@pytest.mark.parametrize(("experts", "chosen"), [(1, 1), (4, 2), (4, 4), (5, 3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("recorded", [True, False], ids=["gradients", "no gradients"])
+def test_the_layer_equals_its_equations_in_float64_a_token_and_an_expert_at_a_time(
+    experts, chosen, dtype, tolerance, recorded
+):
+    layer = MoELora(40, num_experts=experts, num_experts_per_tok=chosen, rank=3, alpha=6, residual_weight=0.3).eval()
+    for parameter in (layer.router.weight, layer.lora_A, layer.lora_B):
+        torch.nn.init.normal_(parameter)
+    layer.to(dtype)
+    x = torch.randn(2, 9, 40).to(dtype)
+    x[0, 0] = 0  # all experts answer with zero
+    with torch.set_grad_enabled(recorded):
+        adapted = layer(x).hidden_states
+    assert adapted.dtype == dtype
+
+    x, router, a, b = (t.double() for t in (x, layer.router.weight.detach(), layer.lora_A, layer.lora_B.detach()))
+    for token, result in zip(x.flatten(0, 1), adapted.detach().double().flatten(0, 1), strict=True):
+        likelihood = (router @ token).exp()
+        best = likelihood.argsort(descending=True)[:chosen]
+        answer = sum(2 * likelihood[i] / likelihood[best].sum() * (b[i] @ a[i] @ token) for i in best)
+        expected = 0.3 * answer * token.norm() / (answer.norm() + 1e-6) + 0.7 * token
+        assert (result - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["gradients", "no gradients"])
+def test_experts_that_answer_with_zero_leave_the_rest_of_the_token(recorded):
+    layer = MoELora(20, rank=2).eval()
+    layer.reset_parameters()
+    x = torch.randn(3, 20)
+    with torch.set_grad_enabled(recorded):
+        adapted = layer(x).hidden_states
+    assert torch.allclose(adapted, 0.9 * x, rtol=1e-6)
+
+
+def test_the_gradient_of_the_residual_is_the_one_of_finite_differences():
+    x, update = (torch.randn(4, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda x, update: norm_matched_residual(x, update, 0.3), (x, update))
+
+
 def test_dropout_acts_on_the_experts_in_training_and_never_on_the_router():
     layer = MoELora(20, rank=2, dropout=0.5)
     torch.nn.init.normal_(layer.router.weight)
