@@ -43,6 +43,8 @@ _NOT_OF_A_FILE = (
     "_experts_implementation",
     "transformers_weights",
 )
+# Of weights. transformers takes whatever torch has by that name.
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def quarters(depth: int) -> list[int]:
@@ -63,9 +65,13 @@ def _without_registered_pipelines(config_dict: dict[str, Any]) -> dict[str, Any]
 
 
 def _refuse_foreign_settings(config_class: type, settings: Any) -> None:
-    """Refuse a file's settings that choose code, or stand in for a part of the configuration's own code."""
+    """Refuse a file's settings that choose code, or stand in for a part of the configuration's or torch's own code."""
     if not isinstance(settings, dict):
         raise ValueError(f"A configuration is a table of settings, not a {type(settings).__name__}.")
+    for name in ("dtype", "torch_dtype"):
+        dtype = settings.get(name)
+        if dtype is not None and str(dtype).removeprefix("torch.") not in _DTYPES:
+            raise ValueError(f"{name} ({dtype!r}) must be one of {', '.join(_DTYPES)}.")
     for name in settings:
         if name in _NOT_OF_A_FILE:
             raise ValueError(f"{name} ({settings[name]!r}) is not for a file to set: pass it when you load the model.")

@@ -84,6 +84,10 @@ CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
     "kernels of a tower": (config(vision_config__attn_implementation="evil/kernel"), "attn_implementation"),
     "kernels of experts": (config(experts_implementation="evil/kernel"), "experts_implementation"),
     "other weights": (config(transformers_weights="other.bin"), r"transformers_weights \('other.bin'\)"),
+    "a number for a type": (config(vision_config__dtype=-0.5), r"dtype \(-0\.5\) must be one of"),
+    "a function of torch for a type": (config(dtype="load"), r"dtype \('load'\) must be one of"),
+    "a module of torch for a type": (config(text_config__torch_dtype="hub"), r"torch_dtype \('hub'\) must be one of"),
+    "whole numbers for a type": (config(dtype="int8"), r"dtype \('int8'\) must be one of"),
     "a setting for a method": (config(to_dict="evil"), r"to_dict \('evil'\) is no setting"),
     # Files of settings that are none
     "a list": (content("config.json", lambda b: b"[]"), "table of settings, not a list"),
