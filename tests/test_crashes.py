@@ -142,77 +142,84 @@ def assert_same_evaluation(folder: Path, unbroken: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["results.csv", "results.json", "results.md"]
 
 
+@dataclass
+class Unbroken:
+    """A command that came to its end: what it was, where it wrote, and how it ended."""
+
+    command: Callable[[Path], list[object]]
+    folder: Path
+    ended: Ended
+
+
+def run_unbroken(commands: Commands, command: Callable[[Path], list[object]], folder: Path) -> Unbroken:
+    ended = commands.run(command(folder), folder)
+    assert ended.status == 0, ended.output
+    return Unbroken(command, folder, ended)
+
+
+@pytest.fixture(scope="module")
+def whole_training(commands, inputs, tmp_path_factory) -> Unbroken:
+    folder = tmp_path_factory.mktemp("training") / "unbroken"
+    return run_unbroken(commands, lambda folder: training(inputs, folder), folder)
+
+
+@pytest.fixture(scope="module")
+def whole_evaluation(commands, tmp_path_factory) -> Unbroken:
+    root = tmp_path_factory.mktemp("evaluation")
+    write_parts(root / "data", normal=8, anomalous=8)
+    return run_unbroken(commands, lambda folder: evaluation(root / "data", folder), root / "unbroken")
+
+
 def kill_and_go_on(
     commands: Commands,
-    command: Callable[[Path], list[object]],
+    unbroken: Unbroken,
     root: Path,
     kills: int,
     by_clock: bool,
-    is_same: Callable[[Path, Path], None],
-) -> list[Path]:
-    """Kill a command at random moments, each time giving it again, until it ends; do so until enough were killed.
-
-    Returns:
-        The folders that commands were killed in, in which each came to what an unbroken one comes to.
-    """
-    unbroken = root / "unbroken"
-    whole = commands.run(command(unbroken), unbroken)
-    assert whole.status == 0, whole.output
+    assert_same: Callable[[Path, Path], None],
+) -> None:
+    """Kill a command at random moments, each time giving it again, until it ends; do so until enough were killed."""
     moments = random.Random(0)
-    killed, folders = 0, []
+    killed = runs = 0
     while killed < kills:
-        folder = root / str(len(folders))
-        folders.append(folder)
+        folder = root / str(runs)
+        runs += 1
         status = None
         while status != 0:
             if killed == kills:
                 moment = {}
             elif by_clock:
-                moment = {"kill_after": moments.uniform(0, whole.seconds)}
+                moment = {"kill_after": moments.uniform(0, unbroken.ended.seconds)}
             else:
-                moment = {"die_at": moments.randint(1, whole.operations)}
-            ended = commands.run(command(folder), folder, **moment)
+                moment = {"die_at": moments.randint(1, unbroken.ended.operations)}
+            ended = commands.run(unbroken.command(folder), folder, **moment)
             status = ended.status
             assert status in (0, -signal.SIGKILL), ended.output
             killed += status != 0
-        is_same(folder, unbroken)
-    return folders
+        assert_same(folder, unbroken.folder)
 
 
 @amounts
 @pytest.mark.parametrize("by_clock", [True, False], ids=["at-any-moment", "while-writing"])
 def test_a_training_that_is_killed_goes_on_to_the_losses_and_weights_of_an_unbroken_one(
-    commands, inputs, tmp_path, amount, by_clock
+    commands, whole_training, tmp_path, amount, by_clock
 ):
-    kill_and_go_on(
-        commands,
-        lambda folder: training(inputs, folder),
-        tmp_path,
-        KILLS[amount],
-        by_clock,
-        assert_same_training,
-    )
+    kill_and_go_on(commands, whole_training, tmp_path, KILLS[amount], by_clock, assert_same_training)
 
 
 @amounts
 @pytest.mark.parametrize("by_clock", [True, False], ids=["at-any-moment", "while-writing"])
-def test_an_evaluation_that_is_killed_goes_on_to_the_figures_of_an_unbroken_one(commands, tmp_path, amount, by_clock):
-    data = tmp_path / "data"
-    write_parts(data, normal=8, anomalous=8)
-    kill_and_go_on(
-        commands,
-        lambda folder: evaluation(data, folder),
-        tmp_path / "runs",
-        KILLS[amount],
-        by_clock,
-        assert_same_evaluation,
-    )
+def test_an_evaluation_that_is_killed_goes_on_to_the_figures_of_an_unbroken_one(
+    commands, whole_evaluation, tmp_path, amount, by_clock
+):
+    kill_and_go_on(commands, whole_evaluation, tmp_path, KILLS[amount], by_clock, assert_same_evaluation)
 
 
 @amounts
-def test_a_full_disk_leaves_the_last_good_checkpoint_whichever_file_it_stops(commands, inputs, tmp_path, amount):
-    unbroken, folder = tmp_path / "unbroken", tmp_path / "run"
-    assert commands.run(training(inputs, unbroken), unbroken).status == 0
+def test_a_full_disk_leaves_the_last_good_checkpoint_whichever_file_it_stops(
+    commands, inputs, whole_training, tmp_path, amount
+):
+    unbroken, folder = whole_training.folder, tmp_path / "run"
     assert commands.run(training(inputs, folder, 2), folder).status == 0
     good = folder / "checkpoint-2"
     before = {path.name: path.read_bytes() for path in good.iterdir()}
@@ -235,18 +242,16 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_whichever_file_it_stops(com
     assert_same_training(folder, unbroken)
 
 
-def test_a_full_disk_stops_an_evaluation_which_goes_on_later(commands, tmp_path):
-    data, unbroken, folder = tmp_path / "data", tmp_path / "unbroken", tmp_path / "run"
-    write_parts(data, normal=8, anomalous=8)
-    assert commands.run(evaluation(data, unbroken), unbroken).status == 0
+def test_a_full_disk_stops_an_evaluation_which_goes_on_later(commands, whole_evaluation, tmp_path):
+    folder = tmp_path / "run"
     for limit in (0, 700):  # neither the settings, nor the first batch
-        ended = commands.run(evaluation(data, folder), folder, file_limit=limit)
+        ended = commands.run(whole_evaluation.command(folder), folder, file_limit=limit)
         assert ended.status == 1, ended.output
         file = folder / ".unfinished" / "data" / ("000000.npz" if limit else "settings.json")
         assert ended.message == f"moeclip: {file}: cannot be written (File too large)"
         assert not (folder / "results.json").exists()
-    assert commands.run(evaluation(data, folder), folder).status == 0
-    assert_same_evaluation(folder, unbroken)
+    assert commands.run(whole_evaluation.command(folder), folder).status == 0
+    assert_same_evaluation(folder, whole_evaluation.folder)
 
 
 def test_a_batch_that_cannot_be_kept_ends_an_evaluation_at_once(tmp_path, monkeypatch):

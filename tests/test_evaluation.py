@@ -128,24 +128,24 @@ def test_undefined_figures_are_none_and_left_out_of_means(pretrained, benchmarks
 
 def test_one_process_and_two_come_to_the_same_figures_on_all_layouts(benchmarks, tmp_path):
     options = ["--dataset", "all", "--data-dir", str(benchmarks), "--image-size", str(EDGE), "--device", "cpu"]
-    command = ["-m", "moeclip_hf.cli", "evaluate", *options, "--batch-size", "1", "--json", "--no-pictures"]
+    options += ["--batch-size", "1", "--json", "--no-pictures", "--output-dir"]
+    one = CliRunner().invoke(app, ["evaluate", *options, str(tmp_path / "one")])
+    assert one.exit_code == 0, one.exception
     # Its `--cpu` would start one process only, and `--multi_gpu` starts any number.
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--main_process_port", str(29_500 + os.getpid() % 500), "--mixed_precision", "no"]
     launch += ["--dynamo_backend", "no"]
-    documents = []
-    for number, launcher in enumerate(([], launch)):
-        output = tmp_path / str(number)
-        done = subprocess.run(
-            [sys.executable, *launcher, *command, "--output-dir", str(output)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        documents.append(json.loads(done.stdout))
-        assert json.loads((output / "results.json").read_text())["datasets"] == documents[-1]["datasets"]
-        assert not (output / ".unfinished").exists()
+    two = subprocess.run(
+        [sys.executable, *launch, "-m", "moeclip_hf.cli", "evaluate", *options, str(tmp_path / "two")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert two.returncode == 0, two.stderr
+    documents = [json.loads(done.stdout) for done in (one, two)]
+    for name, document in zip(("one", "two"), documents, strict=True):
+        assert json.loads((tmp_path / name / "results.json").read_text())["datasets"] == document["datasets"]
+        assert not (tmp_path / name / ".unfinished").exists()
     one, two = documents
     assert [found["dataset"] for found in one["datasets"]] == list(ALL)
     assert len(one["datasets"][4]["groups"]) == 12

@@ -9,9 +9,15 @@ from nbclient import NotebookClient
 NOTEBOOK = Path(__file__).resolve().parent.parent / "examples" / "quickstart.ipynb"
 
 
-@pytest.fixture(scope="module")
-def executed():
+WHOLE_TRAINING, SHORT_TRAINING = "max_steps=30", "max_steps=5"
+
+
+@pytest.fixture(scope="module", params=["short", pytest.param("whole", marks=pytest.mark.slow)])
+def executed(request):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    (training,) = [cell for cell in notebook.cells if WHOLE_TRAINING in cell.source]
+    if request.param == "short":
+        training.source = training.source.replace(WHOLE_TRAINING, SHORT_TRAINING)
     return NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
 
 

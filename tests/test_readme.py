@@ -1,6 +1,7 @@
 """What the README tells a reader to type works."""
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -37,10 +38,11 @@ def test_the_python_example_runs(workplace):
     assert re.match(r"0\.\d+ (True|False) \[", printed)
 
 
-def test_the_command_line_example_runs(workplace):
+def test_the_command_line_example_runs(workplace, monkeypatch, command):
     arguments = re.findall(r"^moeclip (predict .*)$", README, flags=re.MULTILINE)[0]
     words = [word.strip('"') for word in re.findall(r'"[^"]+"|\S+', arguments)]
-    assert "one.png" in run([sys.executable, "-m", "moeclip_hf.cli", *words], workplace)
+    monkeypatch.chdir(workplace)
+    assert b"one.png" in command(*words)[1]
     assert (workplace / "results" / "one_overlay.png").exists()
 
 
@@ -52,7 +54,9 @@ def test_every_file_and_make_target_it_names_is_there():
         assert f"\n{target}:" in makefile, target
 
 
-def test_the_predict_example_draws_an_overlay(workplace):
-    printed = run([sys.executable, ROOT / "examples" / "predict.py", "part.png", "--class-name", "wood"], workplace)
-    assert printed.startswith("score 0.")
+def test_the_predict_example_draws_an_overlay(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(sys, "argv", ["predict.py", "part.png", "--class-name", "wood"])
+    runpy.run_path(str(ROOT / "examples" / "predict.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith("score 0.")
     assert Image.open(workplace / "part_overlay.png").size == (256, 256)
