@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -19,12 +20,23 @@ from moeclip_hf.training import get_recipe
 
 @record
 def main() -> None:
-    clip, data, output_dir, batch_size, settings = sys.argv[1:]
-    options = json.loads(settings)
-    die_at, killed = options.pop("die_at", None), options.pop("killed", False)
-    resumed = options.pop("resumed", None)
-    recipe = get_recipe("paper", batch_size=int(batch_size), num_epochs=2)
-    trainer = tiny_trainer(Path(clip), load_folder(Path(data)), Path(output_dir), recipe, **options)
+    *folders, batch_size, settings = sys.argv[1:]
+    run(*map(Path, folders), int(batch_size), **json.loads(settings))
+
+
+def run(
+    clip: Path,
+    data: Path,
+    output_dir: Path,
+    batch_size: int,
+    die_at: int | None = None,
+    killed: bool = False,
+    resumed: str | None = None,
+    **settings: Any,
+) -> None:
+    # From zeros the first gradient is a million times as large as others, and what rounding makes of it grows on.
+    recipe = get_recipe("paper", batch_size=batch_size, num_epochs=2, expert_std=0.02, router_std=0.02)
+    trainer = tiny_trainer(clip, load_folder(data), output_dir, recipe, **settings)
     if die_at is not None:
         step = trainer.training_step
 
@@ -40,7 +52,7 @@ def main() -> None:
     trainer.save_model()
     if trainer.is_world_process_zero():
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        Path(output_dir, "history.json").write_text(json.dumps(history))
+        (output_dir / "history.json").write_text(json.dumps(history))
 
 
 if __name__ == "__main__":
