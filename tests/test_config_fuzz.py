@@ -47,7 +47,6 @@ def examples(count: int) -> settings:
     """As many, the same ones every time, however slow the machine."""
     return settings(
         max_examples=count,
-        deadline=None,
         derandomize=True,
         database=None,
         suppress_health_check=list(HealthCheck),

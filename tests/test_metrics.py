@@ -137,7 +137,7 @@ def test_pixel_figures_are_exact_while_the_scores_fit(kind, seed):
 
 
 @given(st.lists(st.tuples(st.floats(allow_nan=False, allow_infinity=False, width=32), st.booleans()), min_size=2))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_any_finite_scores_are_ranked_as_scikit_learn_ranks_them(pixels):
     scores, labels = (np.array(column) for column in zip(*pixels, strict=True))
     metrics = AnomalyMetrics("medical")
