@@ -7,23 +7,24 @@ from statistics import median
 from rich.progress import track
 
 
-def alternate(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def alternate(sides: dict[str, Callable[[], object]], rounds: int, uncounted: int = 1) -> dict[str, list[float]]:
     """
-    Time each side once a round, after one round that is not counted.
+    Time each side once a round.
 
     Args:
         sides (`dict[str, Callable]`): what to run, by name.
         rounds (`int`): counted rounds.
+        uncounted (`int`): rounds before them, which fill caches.
 
     Returns:
         Seconds of every counted round, by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in track(range(rounds + 1), description="rounds", transient=True):
+    for number in track(range(uncounted + rounds), description="rounds", transient=True):
         for name, run in sides.items():
             start = time.perf_counter()
             run()
-            if number:
+            if number >= uncounted:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 

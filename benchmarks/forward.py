@@ -7,6 +7,8 @@ in turn. MoECLIP's side computes everything that scores and maps are made of, an
 class.
 """
 
+from typing import Any
+
 import torch
 from transformers import CLIPVisionModel
 
@@ -17,10 +19,10 @@ from moeclip_hf import MoECLIPConfig, MoECLIPModel
 TOWER, MOECLIP = "transformers CLIP vision tower", "MoECLIP"
 
 
-def random_model() -> MoECLIPModel:
-    """MoECLIP of the paper's sizes, every expert alive."""
+def random_model(**config: Any) -> MoECLIPModel:
+    """MoECLIP of the paper's sizes where the configuration says nothing else, every expert alive."""
     torch.manual_seed(0)
-    model = MoECLIPModel(MoECLIPConfig())
+    model = MoECLIPModel(MoECLIPConfig(**config))
     for layer in model.moe_layers:
         torch.nn.init.normal_(layer.router.weight, std=0.02)
         torch.nn.init.normal_(layer.lora_B, std=0.02)

@@ -1,31 +1,43 @@
 """How cost grows with resolution, batch, number of experts and rank, as tables and a picture a quantity.
 
-    python -m benchmarks.growth [--rounds 3] [--only resolution batch experts rank images]
+    python -m benchmarks.growth [--rounds 1] [--only resolution batch experts rank metrics predictions]
 
 Forward pass beside the bare tower's, and training step beside the plain implementation's, ViT-L/14's sizes, random
-weights, float32, in turn; seconds a batch. The plain step is left out where the attention weights that it keeps would
-take 12 GB. `images` is the number that metrics take, up to a million simulated maps of 8 x 8, and their memory.
+weights, float32, in turn; seconds a batch. A round that is not counted comes first, unless the batch is of more than
+2,000 tokens, whose round takes a minute. The plain step is left out where the attention weights that it keeps would
+take 4 GB.
+
+`metrics` and `predictions` grow in the number of images, each number in a fresh process: the seven metrics on
+simulated maps of 8 x 8, and scoring files of 64 x 64 with a model that takes no time.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from transformers import CLIPVisionModel
 
 from benchmarks.alternating import alternate
-from benchmarks.forward import bare_tower
+from benchmarks.forward import bare_tower, random_model
 from benchmarks.report import Report, argument_parser, publish
 from benchmarks.training_step import KEEP_FREED_MEMORY, apart, resident_bytes, training_side
-from moeclip_hf import MoECLIPConfig, MoECLIPModel
+from moeclip_hf import MoECLIPModel, MoECLIPProcessor
+from moeclip_hf.data.textures import render
 from moeclip_hf.metrics import AnomalyMetrics
+from moeclip_hf.prediction import predict
+from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT
 
 PICTURES = Path("docs/images")
-LARGEST_PLAIN_BYTES = 12e9
+LARGEST_PLAIN_BYTES = 4e9
+MOST_WARMED_TOKENS = 2000
 
 
 @dataclass(frozen=True)
@@ -41,29 +53,27 @@ class Quantity:
 QUANTITIES = {
     "resolution": Quantity("resolution (pixels of an edge)", (224, 336, 518, 700, 1036), batch="image_size"),
     "batch": Quantity("images in a batch, 224 px", (1, 2, 4, 8), batch="images"),
-    "experts": Quantity("experts K, 224 px", (1, 2, 4, 8, 16), model="num_experts"),
-    "rank": Quantity("rank r of an expert, 224 px", (1, 4, 8, 16, 64), model="lora_rank"),
+    "experts": Quantity("experts K, 224 px", (1, 4, 16), model="num_experts"),
+    "rank": Quantity("rank r of an expert, 224 px", (1, 8, 64), model="lora_rank"),
 }
 BATCH = {"images": 1, "image_size": 224}
 SIDES = ("bare tower, forward", "forward", "training step", "plain training step")
 
 
+def tokens_of(image_size: int) -> int:
+    """Of an image, the class token included."""
+    return (image_size // 14) ** 2 + 1
+
+
 def attention_bytes(images: int, image_size: int) -> float:
     """What the plain side's attention weights take in a training step, ViT-L/14: 18 blocks of 16 heads, float32."""
-    tokens = (image_size // 14) ** 2 + 1
-    return 18 * 16 * 4.0 * images * tokens**2
+    return 18 * 16 * 4.0 * images * tokens_of(image_size) ** 2
 
 
-def sides_of(config: dict[str, Any], images: int, image_size: int) -> Iterator[tuple[str, Callable[[], object]]]:
+def sides_of(
+    model: MoECLIPModel, tower: CLIPVisionModel, images: int, image_size: int
+) -> Iterator[tuple[str, Callable[[], object]]]:
     """What is timed at one value."""
-    if config.get("num_experts", 4) == 1:
-        config = config | {"num_experts_per_tok": 1}
-    torch.manual_seed(0)
-    model = MoECLIPModel(MoECLIPConfig(**config))
-    for layer in model.moe_layers:
-        torch.nn.init.normal_(layer.router.weight, std=0.02)
-        torch.nn.init.normal_(layer.lora_B, std=0.02)
-    tower = bare_tower(model)
     pixel_values = torch.randn(images, 3, image_size, image_size)
     anchors = torch.nn.functional.normalize(torch.randn(1, 2, model.config.projection_dim), dim=-1)
 
@@ -84,22 +94,27 @@ def sides_of(config: dict[str, Any], images: int, image_size: int) -> Iterator[t
         yield SIDES[3], training_side(model, True, images, image_size)
 
 
-def time_value(config: dict[str, Any], images: int, image_size: int, rounds: int) -> dict[str, float]:
-    """Median seconds of each side."""
-    seconds = alternate(dict(sides_of(config, images, image_size)), rounds)
-    return {name: median(values) for name, values in seconds.items()}
+def time_batches(config: dict[str, int], batches: list[dict[str, int]], rounds: int) -> list[dict[str, float]]:
+    """Median seconds of each side on batches of a model."""
+    model = random_model(**config, num_experts_per_tok=min(2, config.get("num_experts", 2)))
+    tower, measured = bare_tower(model), []
+    for batch in batches:
+        is_warmed = batch["images"] * tokens_of(batch["image_size"]) <= MOST_WARMED_TOKENS
+        seconds = alternate(dict(sides_of(model, tower, **batch)), rounds, uncounted=int(is_warmed))
+        measured.append({name: median(values) for name, values in seconds.items()})
+    return measured
 
 
 def vary(name: str, rounds: int) -> Report:
-    """All values of a quantity, each in a fresh process."""
+    """All values of a quantity, each model in a fresh process."""
     quantity = QUANTITIES[name]
-    measured = []
-    for value in quantity.values:
-        config = {quantity.model: value} if quantity.model else {}
-        batch = BATCH | ({quantity.batch: value} if quantity.batch else {})
-        measured.append(
-            apart(time_value, config, batch["images"], batch["image_size"], rounds, environment=KEEP_FREED_MEMORY)
-        )
+    models = [{quantity.model: value} for value in quantity.values] if quantity.model else [{}]
+    batches = [BATCH | {quantity.batch: value} for value in quantity.values] if quantity.batch else [BATCH]
+    measured = [
+        seconds
+        for config in models
+        for seconds in apart(time_batches, config, batches, rounds, environment=KEEP_FREED_MEMORY)
+    ]
     rows = [[name, *(f"{side}, s" for side in SIDES)]]
     for value, seconds in zip(quantity.values, measured, strict=True):
         rows.append([str(value), *(f"{seconds[side]:.2f}" if side in seconds else "-" for side in SIDES)])
@@ -108,36 +123,77 @@ def vary(name: str, rounds: int) -> Report:
     return Report(f"Cost over {quantity.title}", rows, pictures=[f"images/growth_{name}.png"])
 
 
-def count_images(counts: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)) -> Report:
-    """Seconds and memory of the seven metrics on ever more maps of 8 x 8."""
+def count_images(name: str) -> Report:
+    """Seconds and memory of ever more images."""
+    title, measure, counts = COUNTED[name]
     rows = [["images", "seconds", "microseconds an image", "MB over the start"]]
-    seconds, memory = [], []
+    seconds = []
     for count in counts:
-        taken, held = apart(time_metrics, count)
+        taken, held = apart(measure, count)
         seconds.append(taken)
-        memory.append(held / 1e6)
         rows.append([f"{count:,}", f"{taken:.2f}", f"{taken / count * 1e6:.1f}", f"{held / 1e6:.1f}"])
-    draw("images", "images", "seconds", counts, {"seven metrics": seconds})
-    return Report("Metrics over the number of images", rows, pictures=["images/growth_images.png"])
+    draw(name, "images", "seconds", counts, {title: seconds})
+    return Report(f"{title}, over the number of images", rows, pictures=[f"images/growth_{name}.png"])
 
 
 def time_metrics(count: int, at_once: int = 1_000) -> tuple[float, int]:
     """Seconds spent in the metrics, and bytes that the process then holds over its start."""
     rng = np.random.default_rng(0)
-    maps = rng.standard_normal((at_once, 8, 8), dtype=np.float32)
     labels = np.arange(at_once) % 2
     masks = (rng.random((at_once, 8, 8)) < 0.2) & (labels[:, None, None] == 1)
     masks[:, 0, 0] = labels
-    scores = maps.max(axis=(1, 2))
-    warm = AnomalyMetrics("industrial")
-    warm.update(maps, scores, masks, labels)
-    warm.compute()
-    before, start = resident_bytes(), time.perf_counter()
-    metrics = AnomalyMetrics("industrial")
-    for _ in range(count // at_once):
-        metrics.update(maps, scores, masks, labels)
-    metrics.compute()
-    return time.perf_counter() - start, max(0, resident_bytes() - before)
+
+    def run(updates: int) -> float:
+        metrics, seconds = AnomalyMetrics("industrial"), 0.0
+        for _ in range(updates):
+            maps = rng.standard_normal((at_once, 8, 8), dtype=np.float32)
+            scores = maps.max(axis=(1, 2))
+            start = time.perf_counter()
+            metrics.update(maps, scores, masks, labels)
+            seconds += time.perf_counter() - start
+        start = time.perf_counter()
+        metrics.compute()
+        return seconds + time.perf_counter() - start
+
+    run(1)
+    before = resident_bytes()
+    return run(count // at_once), max(0, resident_bytes() - before)
+
+
+class SimulatedDetector:
+    """Maps and scores of nothing, at once."""
+
+    processor = MoECLIPProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
+
+    def encode_class(self, class_name: str) -> torch.Tensor:
+        return torch.zeros(1, 2, 1)
+
+    def patch_maps(self, pixel_values: torch.Tensor, encoded_class: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(len(pixel_values), 16, 16), torch.zeros(len(pixel_values))
+
+
+def time_predictions(count: int) -> tuple[float, int]:
+    """Seconds for reading, preparing and scoring files, and bytes that the process then holds over its start."""
+    detector = SimulatedDetector()
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "leather.png"
+        Image.fromarray(render("leather", "stain", size=64)[0]).save(file)
+
+        def run(images: int) -> float:
+            start = time.perf_counter()
+            for _ in predict(detector, repeat(file, images)):
+                pass
+            return time.perf_counter() - start
+
+        run(100)
+        before = resident_bytes()
+        return run(count), max(0, resident_bytes() - before)
+
+
+COUNTED: dict[str, tuple[str, Callable[[int], tuple[float, int]], tuple[int, ...]]] = {
+    "metrics": ("Seven metrics", time_metrics, (1_000, 10_000, 100_000, 1_000_000)),
+    "predictions": ("Prediction without a model", time_predictions, (100, 1_000, 10_000)),
+}
 
 
 def draw(name: str, x_label: str, y_label: str, values: tuple[int, ...], series: dict[str, list[Any]]) -> None:
@@ -161,12 +217,12 @@ def draw(name: str, x_label: str, y_label: str, values: tuple[int, ...], series:
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    names = [*QUANTITIES, "images"]
+    parser.add_argument("--rounds", type=int, default=1)
+    names = [*QUANTITIES, *COUNTED]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")
     args = parser.parse_args()
     publish(
-        [count_images() if name == "images" else vary(name, args.rounds) for name in args.only],
+        [count_images(name) if name in COUNTED else vary(name, args.rounds) for name in args.only],
         args.output,
     )
 

@@ -1,14 +1,12 @@
 """`moeclip predict` on many images beside the forward passes alone, and its memory as their number grows.
 
-    python -m benchmarks.prediction [--images 200] [--edge 1024] [--image-size 224] [--rounds 3] [--memory 20 2000]
+    python -m benchmarks.prediction [--images 200] [--edge 1024] [--image-size 224] [--rounds 5] [--memory 20 2000]
 
 Time: the command on so many JPEG files less the command on a tenth of them, so that starting and loading cancel out,
 in turn with the forward passes of the difference, on batches as large. The model has ViT-L/14's sizes and random
 weights; overlays are written. Memory: the peak of the resident set of the command with the embedded checkpoint.
 """
 
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -17,6 +15,7 @@ import torch
 from PIL import Image
 
 from benchmarks.alternating import alternate
+from benchmarks.commands import run_python
 from benchmarks.forward import random_model
 from benchmarks.report import Goal, Report, argument_parser, publish
 from moeclip_hf import MoECLIPImageProcessor, MoECLIPModel, MoECLIPProcessor
@@ -27,7 +26,7 @@ FORWARDS, MANY, FEW = "forward passes", "all images", "a tenth of them"
 PREDICT = ("-m", "moeclip_hf.cli", "predict")
 PEAK = """
 import resource, subprocess, sys
-subprocess.run(sys.argv[1:], check=True, capture_output=True)
+subprocess.run([sys.executable, *sys.argv[1:]], check=True, stdout=subprocess.DEVNULL)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
@@ -43,9 +42,10 @@ def write_images(folder: Path, count: int, edge: int) -> Path:
 
 def write_large_checkpoint(folder: Path, image_size: int) -> MoECLIPModel:
     """A random model of ViT-L/14's sizes, saved with a processor; a small vocabulary serves."""
-    model = random_model()
-    model.save_pretrained(folder)
     tokenizer = MoECLIPProcessor.from_pretrained(EMBEDDED_CHECKPOINT).tokenizer
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = random_model(text_config={"vocab_size": len(tokenizer), **ends})
+    model.save_pretrained(folder)
     size = {"height": image_size, "width": image_size}
     MoECLIPProcessor(MoECLIPImageProcessor(size), tokenizer).save_pretrained(folder)
     return model
@@ -65,13 +65,12 @@ def time_prediction(root: Path, images: int, edge: int, image_size: int, batch_s
 
     def command(count: int) -> None:
         options = ("--model", root / "large", "--output-dir", root / "results", "--batch-size", batch_size)
-        arguments = (sys.executable, *PREDICT, root / str(count), *options)
-        subprocess.run([*map(str, arguments)], check=True, capture_output=True)
+        run_python(*PREDICT, root / str(count), *options)
 
     for count in (few, images):
         write_images(root / str(count), count, edge)
     sides = {FORWARDS: forwards, MANY: lambda: command(images), FEW: lambda: command(few)}
-    seconds = alternate(sides, rounds)
+    seconds = alternate(sides, rounds, uncounted=0)
     pairs = zip(seconds[FORWARDS], seconds[MANY], seconds[FEW], strict=True)
     relative = median((many - few) / forward for forward, many, few in pairs)
     rows = [["", "median s"], *([name, f"{median(values):.1f}"] for name, values in seconds.items())]
@@ -85,9 +84,7 @@ def measure_memory(root: Path, counts: list[int]) -> Report:
     rows, peaks = [["images", "peak MB"]], []
     for count in counts:
         images = write_images(root / f"memory-{count}", count, 256)
-        arguments = (*PREDICT, images, "--output-dir", root / f"memory-results-{count}")
-        command = [sys.executable, "-c", PEAK, sys.executable, *map(str, arguments)]
-        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 1024)
+        peaks.append(int(run_python("-c", PEAK, *PREDICT, images, "--output-dir", root / f"results-{count}")) / 1024)
         rows.append([str(count), f"{peaks[-1]:.0f}"])
     told = f"peak memory of moeclip predict, {counts[-1]} images over {counts[0]}"
     return Report("Memory of moeclip predict, embedded checkpoint", rows, [Goal(told, peaks[-1] / peaks[0], 1.05)])
@@ -99,7 +96,7 @@ def main() -> None:
     parser.add_argument("--edge", type=int, default=1024)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", type=int, nargs=2, default=[20, 2000], metavar="IMAGES")
     args = parser.parse_args()
 

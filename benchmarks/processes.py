@@ -7,8 +7,6 @@ whatever their number (weak scaling), in turn.
 """
 
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.alternating import alternate, ratio
+from benchmarks.commands import run_python
 from benchmarks.report import Report, argument_parser, publish
 from moeclip_hf.data.textures import write_texture_benchmark
 
@@ -31,11 +30,10 @@ def launch(processes: int, steps: int, batch_size: int, data: Path, output: Path
         "dataset": data, "clip": "embedded", "output-dir": output / str(time.monotonic_ns()), "batch-size": batch_size,
         "max-steps": steps, "tracker": "none", "save-steps": steps, "num-workers": 0,
     }  # fmt: skip
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), *launcher]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(SCRIPT)]
-    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--fresh", "--cpu"], check=True, capture_output=True, env=environment)
+    command = ["-m", "accelerate.commands.launch", "--num_processes", processes, *launcher]
+    command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", SCRIPT]
+    command += [word for name, value in options.items() for word in (f"--{name}", value)]
+    run_python(*command, "--fresh", "--cpu", environment={"OMP_NUM_THREADS": "1"})
 
 
 def main() -> None:
@@ -55,7 +53,7 @@ def main() -> None:
         # Start and end of a run cancel out in the difference of a long and a short one.
         few = max(2, args.steps // 10)
         names = {(n, steps): f"{n} x {steps}" for n in (1, 2) for steps in (few, args.steps)}
-        seconds = alternate({name: side(*key) for key, name in names.items()}, args.rounds)
+        seconds = alternate({name: side(*key) for key, name in names.items()}, args.rounds, uncounted=0)
     step = {
         f"{n} processes": [
             (long - short) / (args.steps - few)

@@ -66,7 +66,7 @@ class Report:
 
 def timing_rows(seconds: dict[str, list[float]], reference: str, digits: int = 2) -> list[list[str]]:
     """A heading and a row a side of what [`alternate`] measured: median, least and most seconds, and the ratio."""
-    rows = [["side", "median s", "min s", "max s", f"over the {reference}"]]
+    rows = [["side", "median s", "min s", "max s", f"over {reference}"]]
     for name, values in seconds.items():
         times = (f"{f(values):.{digits}f}" for f in (median, min, max))
         rows.append([name, *times, f"{ratio(seconds, name, reference):.3f}"])

@@ -7,16 +7,15 @@ beside importing the packages that it cannot do without: as they are, which defe
 transformers' CLIP, which a MoECLIP is.
 """
 
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 from PIL import Image
 
 from benchmarks.alternating import alternate, ratio
+from benchmarks.commands import run_python
 from benchmarks.report import Goal, Report, argument_parser, publish, timing_rows
 from moeclip_hf.data.textures import render
 
@@ -29,15 +28,6 @@ IMPORTS, CLIP, PREDICT = (
 PYTHON_HELP = ("-m", "moeclip_hf.cli", "--help")
 
 
-def process(*arguments: object) -> Callable[[], None]:
-    """Something that starts Python with arguments and waits for its end."""
-
-    def start() -> None:
-        subprocess.run([sys.executable, *map(str, arguments)], check=True, capture_output=True)
-
-    return start
-
-
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
@@ -48,11 +38,11 @@ def main() -> None:
         Image.fromarray(render("straw", "hole")[0]).save(image)
         predict = ("-m", "moeclip_hf.cli", "predict", image, "--output-dir", Path(folder) / "results")
         sides = {
-            NOTHING: process("-c", "pass"),
-            HELP: process(*PYTHON_HELP),
-            IMPORTS: process("-c", IMPORTS),
-            CLIP: process("-c", CLIP),
-            PREDICT: process(*predict),
+            NOTHING: partial(run_python, "-c", "pass"),
+            HELP: partial(run_python, *PYTHON_HELP),
+            IMPORTS: partial(run_python, "-c", IMPORTS),
+            CLIP: partial(run_python, "-c", CLIP),
+            PREDICT: partial(run_python, *predict),
         }
         seconds = alternate(sides, args.rounds)
     help_sides = {name: seconds[name] for name in (NOTHING, HELP)}

@@ -74,9 +74,10 @@ def route(router_logits: torch.Tensor, num_experts_per_tok: int) -> tuple[torch.
     probabilities = router_logits.softmax(dim=-1)
     if num_experts_per_tok == router_logits.shape[-1]:
         return probabilities, probabilities
-    chosen, experts = probabilities.topk(num_experts_per_tok, dim=-1, sorted=False)
-    weights = torch.zeros_like(probabilities).scatter(-1, experts, chosen / chosen.sum(dim=-1, keepdim=True))
-    return probabilities, weights
+    # As softmax over the chosen alone, whose gradient with respect to the others is zero, and no rounding error: Adam
+    # would make whole steps of that.
+    chosen, experts = router_logits.topk(num_experts_per_tok, dim=-1, sorted=False)
+    return probabilities, torch.zeros_like(probabilities).scatter(-1, experts, chosen.softmax(dim=-1))
 
 
 def expert_codes(hidden_states: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:

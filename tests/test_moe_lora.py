@@ -51,6 +51,14 @@ def test_routing_keeps_the_k_likeliest_experts_and_scales_their_weights_to_one()
     assert torch.allclose(route(logits, 4)[1], probabilities)
 
 
+def test_weights_have_no_gradient_whatever_with_respect_to_experts_that_are_not_chosen():
+    logits = torch.randn(200, 5, requires_grad=True)
+    _, weights = route(logits, 2)
+    (weights * torch.randn(200, 5)).sum().backward()
+    assert (logits.grad[weights == 0] == 0).all()
+    assert (logits.grad[weights > 0] != 0).all()
+
+
 def test_tied_routers_choose_k_experts_all_the_same():
     _, weights = route(torch.zeros(5, 4), 2)
     assert (weights.count_nonzero(dim=-1) == 2).all()
