@@ -18,7 +18,7 @@ from benchmarks.alternating import alternate
 from benchmarks.commands import run_python
 from benchmarks.forward import random_model
 from benchmarks.report import Goal, Report, argument_parser, publish
-from moeclip_hf import MoECLIPImageProcessor, MoECLIPModel, MoECLIPProcessor
+from moeclip_hf import MoECLIPConfig, MoECLIPImageProcessor, MoECLIPModel, MoECLIPProcessor
 from moeclip_hf.data.textures import render
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT
 
@@ -43,8 +43,10 @@ def write_images(folder: Path, count: int, edge: int) -> Path:
 def write_large_checkpoint(folder: Path, image_size: int) -> MoECLIPModel:
     """A random model of ViT-L/14's sizes, saved with a processor; a small vocabulary serves."""
     tokenizer = MoECLIPProcessor.from_pretrained(EMBEDDED_CHECKPOINT).tokenizer
+    config = MoECLIPConfig().to_dict()
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = random_model(text_config={"vocab_size": len(tokenizer), **ends})
+    text_config = config["text_config"] | {"vocab_size": len(tokenizer), **ends}
+    model = random_model(text_config=text_config, vision_config=config["vision_config"])
     model.save_pretrained(folder)
     size = {"height": image_size, "width": image_size}
     MoECLIPProcessor(MoECLIPImageProcessor(size), tokenizer).save_pretrained(folder)
