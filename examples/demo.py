@@ -4,7 +4,7 @@
 
 The photographs (brick, grass, gravel) come with scikit-image, the textures are rendered. The checkpoint was adapted on
 procedural textures of the classes in `ADAPTED_ON`; whether a picture's class is among them is said beside each. The
-pictures show what so small a checkpoint can find, large and clear defects; its card says how often it does.
+pictures were chosen among many to show what so small a checkpoint can find; its card says how often it does.
 """
 
 import argparse
@@ -19,35 +19,31 @@ from skimage import data
 from transformers.utils import logging
 
 from moeclip_hf.data.textures import add_defect, render
+from moeclip_hf.data.textures.splits import AUXILIARY_FAMILIES
 from moeclip_hf.prediction import Prediction, predict
 from moeclip_hf.pretrained import load_pretrained
 from moeclip_hf.visualization import draw_overlay, tile_pictures
 
-ADAPTED_ON = frozenset(
-    {
-        *("woven fabric", "wood grain", "brick wall", "square tiles", "gravel", "brushed metal", "carpet", "leather"),
-        *("striped cloth", "polka dots", "perforated plate", "corrugated cardboard", "cork", "granite"),
-    }
-)
+ADAPTED_ON = frozenset(name.replace("_", " ") for name in AUXILIARY_FAMILIES)
 # Class, scikit-image's photograph, top left corner of the crop, defect (None: as it is) and the seed that draws it.
 PHOTOGRAPHS = (
     ("brick wall", "brick", (0, 0), None, 0),
     ("brick wall", "brick", (0, 256), "missing_patch", 2),
     ("brick wall", "brick", (256, 0), "hole", 3),
-    ("grass", "grass", (0, 0), None, 0),
-    ("grass", "grass", (256, 0), "missing_patch", 2),
+    ("grass", "grass", (256, 0), None, 0),
+    ("grass", "grass", (0, 256), "stain", 2),
     ("gravel", "gravel", (256, 256), "hole", 3),
 )
 # Family, defect and seed.
 TEXTURES = (
-    ("herringbone parquet", "missing_patch", 4),
-    ("wire mesh", "hole", 4),
-    ("wire mesh", None, 0),
-    ("sand ripples", "missing_patch", 0),
-    ("hexagonal tiles", "stain", 5),
-    ("corduroy", "stain", 4),
-    ("grass", "color_spot", 4),
-    ("knitted fabric", "hole", 3),
+    ("burlap", "distortion", 3),
+    ("denim", "misplaced_patch", 3),
+    ("plank floor", None, 1),
+    ("rattan", "hole", 3),
+    ("houndstooth", "distortion", 3),
+    ("sandstone", "stain", 3),
+    ("hexagonal tiles", "color_spot", 3),
+    ("straw", "hole", 3),
 )
 SIZE = 256
 
