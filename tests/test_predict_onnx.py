@@ -205,9 +205,12 @@ def test_the_documented_example_needs_onnxruntime_and_numpy_alone(exported, chec
     code = code.replace('"screw"', '"wire mesh"') + "\nimport sys\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    prediction = next(predict(load_pretrained(checkpoint, "cpu"), [images / "wide.png"], "wire mesh"))
+    pretrained = load_pretrained(checkpoint, "cpu")
+    prediction = next(predict(pretrained, [images / "wide.png"], "wire mesh"))
     score, verdict, shape, imported = re.fullmatch(r"(\S+) (\w+) (.*)\n(\w+)\n", done.stdout).groups()
     assert float(score) == pytest.approx(prediction.score, abs=1e-4)
     assert verdict == str(prediction.is_anomalous)
-    assert shape == "(1, 14, 14)"
+    vision = pretrained.model.config.vision_config
+    edge = pretrained.processor.image_processor.size["height"] // vision.patch_size
+    assert shape == f"(1, {edge}, {edge})"
     assert imported == "False"
