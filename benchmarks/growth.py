@@ -163,7 +163,8 @@ def time_metrics(count: int, at_once: int = 1_000) -> tuple[float, int]:
 class SimulatedDetector:
     """Maps and scores of nothing, at once."""
 
-    processor = MoECLIPProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
+    def __init__(self) -> None:
+        self.processor = MoECLIPProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
 
     def encode_class(self, class_name: str) -> torch.Tensor:
         return torch.zeros(1, 2, 1)
