@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.report import Goal, describe
 from moeclip_hf.evaluation.results import markdown_table
 
-# Name: the module and its options, with which all take some 40 minutes on two cores.
+# Name: the module and its options, which bound the time of all together.
 SUITE: dict[str, tuple[str, ...]] = {
     "forward": ("forward", "--images", "1", "4"),
     "moe_layer": ("moe_layer",),
