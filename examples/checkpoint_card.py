@@ -66,7 +66,10 @@ def write_card(checkpoint: Path, figures: Figures) -> None:
         taps=listed(config.feature_layers),
         windows=listed(config.aggregation_sizes),
         recipe=markdown_table(
-            [["setting", "value"], *([k.replace("_", " "), listed(v)] for k, v in recipe.items() if k not in told)]
+            [
+                ["setting", "value"],
+                *([k.replace("_", " "), listed(v)] for k, v in recipe.items() if k not in told and v is not None),
+            ]
         ),
         auxiliary=words(AUXILIARY_FAMILIES),
         validation=words(VALIDATION_FAMILIES),

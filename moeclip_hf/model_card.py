@@ -320,7 +320,11 @@ def _training(recipe: dict[str, Any], metadata: ModelCardData) -> str:
         else "By what rule this checkpoint was chosen among others is not recorded.",
     ]
     told = ("base_model", "datasets", "selection")
-    rows = [[name.replace("_", " "), _listed(value)] for name, value in recipe.items() if name not in told]
+    rows = [
+        [name.replace("_", " "), _listed(value)]
+        for name, value in recipe.items()
+        if name not in told and value is not None
+    ]
     if not rows:
         return " ".join([*parts, "Nor is the recipe."])
     return f"{' '.join(parts)}\n\n{markdown_table([['setting', 'value'], *rows])}"

@@ -64,6 +64,7 @@ def written(source, tmp_path, **facts) -> tuple[dict, str]:
 
 
 def test_a_card_tells_what_is_known_and_says_what_is_not(checkpoint, tmp_path):
+    (checkpoint / "recipe.json").unlink()
     metadata, text = written(checkpoint, tmp_path)
     assert metadata["library_name"] == "transformers"
     assert metadata["pipeline_tag"] == "image-segmentation"

@@ -236,7 +236,8 @@ BOTH_THRESHOLDS = ["--threshold", "0.5", "--pixel-threshold", "0.5"]
         (["--image-size", "163"], None, {"height": 160, "width": 160}),
     ],
 )
-def test_the_command_does_as_the_library(pretrained, tmp_path, options, tiling, size):
+def test_the_command_does_as_the_library(tmp_path, options, tiling, size):
+    pretrained = load_pretrained(device="cpu")
     image = picture(320, 200)
     image.save(tmp_path / "part.png")
     result = run(tmp_path / "part.png", *options, "--json", "--maps", "npy", "--output-dir", tmp_path / "out")

@@ -276,3 +276,12 @@ def test_going_on_from_a_moeclip_keeps_its_experts(clip, rows, tmp_path):
 def test_source_that_is_no_checkpoint_is_named(tmp_path: Path):
     with pytest.raises(CheckpointError, match="cannot be loaded to train on"):
         start_model(tmp_path / "nothing", get_recipe("paper"))
+
+
+def test_going_on_from_a_moeclip_keeps_its_residual_weight_unless_told_otherwise():
+    checkpoint = load_pretrained(device="cpu").model.config
+    kept, _ = start_model("embedded", get_recipe("paper"))
+    told, _ = start_model("embedded", get_recipe("paper", residual_weight=0.2))
+    assert checkpoint.residual_weight != 0.1
+    assert kept.config.residual_weight == checkpoint.residual_weight
+    assert told.config.residual_weight == 0.2

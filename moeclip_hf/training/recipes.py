@@ -34,7 +34,9 @@ class Recipe:
         expert_std: deviation that B is drawn with; 0 is the paper's start.
         router_std: deviation that G is drawn with; 0 is the paper's start.
         augment: rotate, shift and flip images with their masks.
-        etf_loss_coef, router_aux_loss_coef, lora_dropout, residual_weight: as in `MoECLIPConfig`.
+        etf_loss_coef, router_aux_loss_coef, lora_dropout: as in `MoECLIPConfig`.
+        residual_weight: lambda, as in `MoECLIPConfig`; if `None` that of the MoECLIP that training goes on from, and
+            the paper's 0.1 over a plain CLIP.
         hidden_act: activation of both towers; the CLIP's own if `None`.
     """
 
@@ -54,7 +56,7 @@ class Recipe:
     etf_loss_coef: float = 0.01
     router_aux_loss_coef: float = 0.01
     lora_dropout: float = 0.05
-    residual_weight: float = 0.1
+    residual_weight: float | None = None
     hidden_act: str | None = None
 
     def __post_init__(self) -> None:
@@ -82,10 +84,8 @@ class Recipe:
 
     def model_settings(self) -> dict[str, Any]:
         """The fields of `MoECLIPConfig` that this recipe sets."""
-        return {
-            name: getattr(self, name)
-            for name in ("etf_loss_coef", "router_aux_loss_coef", "lora_dropout", "residual_weight")
-        }
+        names = ("etf_loss_coef", "router_aux_loss_coef", "lora_dropout", "residual_weight")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 PAPER_LITERAL = Recipe()
