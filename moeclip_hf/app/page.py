@@ -234,7 +234,8 @@ def _add_batch(handlers: Handlers, settings: _Settings) -> None:
     )
     for event in (scoring.success, settings.threshold.change):
         event(**concluded)
-    stop.click(cancels=scoring, **concluded)
+    # One after the other: side by side, a score that was on its way could still take the summary's place.
+    stop.click(fn=None, cancels=scoring).then(**concluded)
 
 
 __all__ = ["build_app"]
