@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.experts import score_plain_clip
 from moeclip_hf.data import load_folder
@@ -14,9 +13,11 @@ from moeclip_hf.data.textures import write_texture_benchmark
 from moeclip_hf.data.textures.splits import AUXILIARY_FAMILIES, SEEN_DEFECTS, VALIDATION_FAMILIES
 from moeclip_hf.evaluation import evaluate
 from moeclip_hf.pretrained import load_pretrained
+from moeclip_hf.training import get_recipe, start_model
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "train.py"
 STEPS, IMAGES_A_STEP = 150, 16
+IMAGE_SIZE = 112  # what the CLIP was pretrained at; a fifth of the patches of the checkpoint's own size
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,8 @@ def textures(tmp_path_factory):
     root = tmp_path_factory.mktemp("textures")
     write_texture_benchmark(root / "seen", AUXILIARY_FAMILIES, SEEN_DEFECTS, normal=9, anomalous=18, seed=0)
     write_texture_benchmark(root / "unseen", VALIDATION_FAMILIES, SEEN_DEFECTS, normal=9, anomalous=9, seed=1)
-    plain = score_plain_clip(*load_pretrained(device="cpu", dtype=torch.float32), load_folder(root / "unseen"))
+    clip = start_model("embedded", get_recipe("paper"), image_size=IMAGE_SIZE)
+    plain = score_plain_clip(*clip, load_folder(root / "unseen"))
     return root / "seen", root / "unseen", plain
 
 
@@ -36,7 +38,8 @@ def test_training_beats_the_unadapted_clip_on_unseen_families_by_a_wide_margin(t
     port = str(20_000 + os.getpid() % 20_000)
     launcher = ["--multi_gpu", "--main_process_port", port] if processes > 1 else ["--cpu"]
     options = {
-        "dataset": seen, "clip": "embedded", "output-dir": tmp_path / "run", "batch-size": IMAGES_A_STEP // processes,
+        "dataset": seen, "clip": "embedded", "image-size": IMAGE_SIZE, "output-dir": tmp_path / "run",
+        "batch-size": IMAGES_A_STEP // processes,
         "max-steps": STEPS, "halve-at": f"{STEPS // 2},{3 * STEPS // 4}", "learning-rate": 2e-3,
         "expert-learning-rate": 2e-3, "tracker": "none", "save-steps": STEPS,
     }  # fmt: skip
