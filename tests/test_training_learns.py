@@ -50,5 +50,5 @@ def test_training_beats_the_unadapted_clip_on_unseen_families_by_a_wide_margin(t
     assert done.returncode == 0, done.stderr[-3000:]
     trained = evaluate(load_pretrained(tmp_path / "run", device="cpu"), load_folder(unseen)).metrics
     print(processes, {name: (round(plain[name], 3), round(trained[name], 3)) for name in plain})
-    assert trained["pixel_auroc"] > plain["pixel_auroc"] + 0.1
-    assert trained["pixel_ap"] > 3 * plain["pixel_ap"]
+    assert 1 - trained["pixel_auroc"] < 0.75 * (1 - plain["pixel_auroc"])
+    assert trained["pixel_ap"] > plain["pixel_ap"] + 0.25
