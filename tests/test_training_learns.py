@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.experts import score_plain_clip
 from moeclip_hf.data import load_folder
@@ -13,11 +14,9 @@ from moeclip_hf.data.textures import write_texture_benchmark
 from moeclip_hf.data.textures.splits import AUXILIARY_FAMILIES, SEEN_DEFECTS, VALIDATION_FAMILIES
 from moeclip_hf.evaluation import evaluate
 from moeclip_hf.pretrained import load_pretrained
-from moeclip_hf.training import get_recipe, start_model
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "train.py"
 STEPS, IMAGES_A_STEP = 150, 16
-IMAGE_SIZE = 112  # what the CLIP was pretrained at; a fifth of the patches of the checkpoint's own size
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +25,7 @@ def textures(tmp_path_factory):
     root = tmp_path_factory.mktemp("textures")
     write_texture_benchmark(root / "seen", AUXILIARY_FAMILIES, SEEN_DEFECTS, normal=9, anomalous=18, seed=0)
     write_texture_benchmark(root / "unseen", VALIDATION_FAMILIES, SEEN_DEFECTS, normal=9, anomalous=9, seed=1)
-    clip = start_model("embedded", get_recipe("paper"), image_size=IMAGE_SIZE)
-    plain = score_plain_clip(*clip, load_folder(root / "unseen"))
+    plain = score_plain_clip(*load_pretrained(device="cpu", dtype=torch.float32), load_folder(root / "unseen"))
     return root / "seen", root / "unseen", plain
 
 
@@ -38,8 +36,7 @@ def test_training_beats_the_unadapted_clip_on_unseen_families_by_a_wide_margin(t
     port = str(20_000 + os.getpid() % 20_000)
     launcher = ["--multi_gpu", "--main_process_port", port] if processes > 1 else ["--cpu"]
     options = {
-        "dataset": seen, "clip": "embedded", "image-size": IMAGE_SIZE, "output-dir": tmp_path / "run",
-        "batch-size": IMAGES_A_STEP // processes,
+        "dataset": seen, "clip": "embedded", "output-dir": tmp_path / "run", "batch-size": IMAGES_A_STEP // processes,
         "max-steps": STEPS, "halve-at": f"{STEPS // 2},{3 * STEPS // 4}", "learning-rate": 2e-3,
         "expert-learning-rate": 2e-3, "tracker": "none", "save-steps": STEPS,
     }  # fmt: skip
@@ -50,5 +47,5 @@ def test_training_beats_the_unadapted_clip_on_unseen_families_by_a_wide_margin(t
     assert done.returncode == 0, done.stderr[-3000:]
     trained = evaluate(load_pretrained(tmp_path / "run", device="cpu"), load_folder(unseen)).metrics
     print(processes, {name: (round(plain[name], 3), round(trained[name], 3)) for name in plain})
-    assert 1 - trained["pixel_auroc"] < 0.75 * (1 - plain["pixel_auroc"])
-    assert trained["pixel_ap"] > plain["pixel_ap"] + 0.25
+    assert trained["pixel_auroc"] > plain["pixel_auroc"] + 0.1
+    assert trained["pixel_ap"] > 3 * plain["pixel_ap"]
