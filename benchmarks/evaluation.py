@@ -1,9 +1,11 @@
 """A whole evaluation beside the forward passes that it cannot do without.
 
-    python -m benchmarks.evaluation [--images 4] [--image-size 518] [--batch-size 2] [--rounds 3]
+    python -m benchmarks.evaluation [--images 12] [--image-size 518] [--batch-size 2] [--rounds 3]
 
 Both sides run MoECLIP at ViT-L/14's sizes on the same batches (random weights, float32), in turn. The evaluation also
-reads rendered textures of 1024 pixels and their masks, resizes them, and computes all figures and curves.
+reads rendered textures of 1024 pixels and their masks, resizes them, and computes all figures and curves. What it
+does once, however many images there are, stands apart: the class's sentences through the text tower, and a digest of
+the weights.
 """
 
 import tempfile
@@ -23,7 +25,7 @@ from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, Pretrained
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--images", type=int, default=12)
     parser.add_argument("--image-size", type=int, default=518)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)

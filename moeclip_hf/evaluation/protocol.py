@@ -163,11 +163,15 @@ def _all_gather(item: Item) -> list[Item]:
 
 def weights_digest(pretrained: Pretrained) -> str:
     """Tells checkpoints apart, as they are computed with: a digest of all weights."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(pretrained.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+
+    def digest(named: tuple[str, torch.Tensor]) -> bytes:
+        name, tensor = named
+        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return hashlib.sha256(name.encode() + b"\0" + hashlib.sha256(values).digest()).digest()
+
+    with ThreadPoolExecutor() as threads:  # hashing leaves other threads to run
+        digests = threads.map(digest, sorted(pretrained.model.state_dict().items()))
+        return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
 
 
 def provenance(pretrained: Pretrained) -> dict[str, Any]:
