@@ -3,7 +3,8 @@
     python -m benchmarks [--only forward startup] [--page docs/benchmarks.md]
 
 What was measured is kept in outputs/benchmarks, a file a benchmark; the page is written from all that is there, so
-that one can be repeated alone. Leave the machine alone meanwhile.
+that one can be repeated alone. A benchmark that fails leaves no figures, old ones neither. Leave the machine alone
+meanwhile.
 """
 
 import argparse
@@ -25,8 +26,9 @@ SUITE: dict[str, tuple[str, ...]] = {
     "metrics": ("metrics",),
     "startup": ("startup",),
     "prediction": ("prediction", "--images", "40"),
-    "evaluation": ("evaluation", "--rounds", "5"),
-    "growth": ("growth",),
+    "evaluation": ("evaluation", "--rounds", "3"),
+    "growth": ("growth", "--only", "resolution", "batch", "experts", "rank"),
+    "images": ("growth", "--only", "metrics", "predictions"),
     "processes": ("processes", "--batch-size", "4"),
     "export": ("export", "--auroc"),
 }
@@ -41,15 +43,17 @@ stands in [performance.md](performance.md).
 
 
 def run(name: str, folder: Path) -> bool:
-    """Run a benchmark; whether it went well."""
+    """Run a benchmark in place of what it measured before; whether it went well."""
     module, *options = SUITE[name]
-    command = [sys.executable, "-m", f"benchmarks.{module}", *options, "--output", str(folder / f"{name}.json")]
+    output = folder / f"{name}.json"
+    output.unlink(missing_ok=True)
+    command = [sys.executable, "-m", f"benchmarks.{module}", *options, "--output", str(output)]
     print("$", *command[1:-2], flush=True)
     return subprocess.run(command, check=False).returncode == 0
 
 
 def compose_page(documents: dict[str, dict[str, Any]]) -> str:
-    """The page, from what the benchmarks wrote, in the order of `SUITE`."""
+    """The page, from what the benchmarks wrote, by name; it also names those of `SUITE` that wrote nothing."""
     goals = [["figure", "measured", "held"]]
     sections = []
     for document in documents.values():
@@ -61,7 +65,9 @@ def compose_page(documents: dict[str, dict[str, Any]]) -> str:
             for values in report["goals"]:
                 goal = Goal(**values)
                 goals.append([goal.figure, describe(goal), "yes" if goal.is_held else "no"])
-    return "\n\n".join([HEAD.strip(), markdown_table(goals), *sections]) + "\n"
+    missing = [name for name in SUITE if name not in documents]
+    notes = [f"Failed or not run, hence without figures: {', '.join(missing)}."] if missing else []
+    return "\n\n".join([HEAD.strip(), markdown_table(goals), *notes, *sections]) + "\n"
 
 
 def main() -> None:

@@ -4,8 +4,12 @@
 
 Trains the CLIP of the embedded checkpoint, its MoECLIP parts drawn anew, on the auxiliary families of textures, and
 scores the validation families, which it never saw, as the benchmarks are scored: once as trained, and once with the
-residual weight set to 0, which takes the experts out. A run that the output file already holds is not repeated. The
-tables of docs/training.md are `--table` of that file.
+residual weight set to 0, which takes the experts out. A run that the output file already holds is not repeated, unless
+the CLIP is another. The tables of docs/training.md are `--table` of that file.
+
+"norm floor" replaces the constant that the package adds to the norm of the experts' answer before it divides by it,
+1e-6, while the variant trains and is scored. The ETF term's cosines take outputs shorter than the same constant as of
+that length.
 """
 
 import argparse
@@ -13,23 +17,26 @@ import json
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from moeclip_hf import MoECLIPModel, MoECLIPProcessor
 from moeclip_hf.data import load_folder, read_mask
 from moeclip_hf.data.textures.benchmark import write_texture_benchmark
 from moeclip_hf.data.textures.splits import AUXILIARY_FAMILIES, SEEN_DEFECTS, VALIDATION_FAMILIES
 from moeclip_hf.evaluation import evaluate
+from moeclip_hf.evaluation.results import markdown_table
 from moeclip_hf.metrics import AnomalyMetrics
+from moeclip_hf.modeling import moe_lora
+from moeclip_hf.modeling.processing_moeclip import smooth, upsample
 from moeclip_hf.pretrained import Pretrained
+from moeclip_hf.stored_weights import MOECLIP_PARTS, digest_weights
 from moeclip_hf.training import MoECLIPTrainer, Recipe, TrainingSamples, get_recipe, start_model, training_arguments
 
 PICTURE_SIZE = 256
@@ -38,7 +45,11 @@ FIGURES = ("pixel_auroc", "pixel_ap", "image_auroc", "image_ap")
 # Runs here are some 50 times shorter than the paper's 20 epochs, and learn 4 times as fast.
 SPEEDUP = 4
 
-# Every variant changes the literal recipe of the paper; `expert_speed` is the experts' learning rate over the others'.
+# The paper's lambda, where a variant sets none: the embedded checkpoint's configuration has another.
+RESIDUAL_WEIGHT = 0.1
+
+# Every variant changes the literal recipe of the paper; `expert_speed` is the experts' learning rate over the others',
+# `norm_floor` no part of a recipe.
 VARIANTS: dict[str, dict[str, Any]] = {
     "literal": {},
     "no experts": {"residual_weight": 0.0},
@@ -50,17 +61,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "literal, eps 1": {"adam_epsilon": 1.0},
     "literal, clipped": {"max_grad_norm": 1.0},
     "B, G, clipped": {"expert_std": 0.02, "router_std": 0.02, "max_grad_norm": 1.0},
+    "literal, norm floor 0.01": {"norm_floor": 0.01},
+    "literal, lambda 0.03": {"residual_weight": 0.03},
+    "paper, lambda 0.03": {"max_grad_norm": 1.0, "residual_weight": 0.03},
     "B, G, lambda 0.3": {"expert_std": 0.02, "router_std": 0.02, "residual_weight": 0.3},
     "B, G, expert lr x 10, lambda 0.3": {
         "expert_std": 0.02, "router_std": 0.02, "expert_speed": 10, "residual_weight": 0.3,
     },
 }  # fmt: skip
 
+# What tells runs apart, but for the seed.
+SETTINGS = ("variant", "steps", "batch_size", "image_size", "clip")
+
 
 def recipe_of(variant: str, steps: int, batch_size: int) -> Recipe:
     """The recipe of a variant, faster and with its milestone at two thirds of the run."""
-    changes = dict(VARIANTS[variant]) if variant in VARIANTS else {}
     recipe = get_recipe("paper-literal" if variant in VARIANTS else variant)
+    changes = {"residual_weight": RESIDUAL_WEIGHT if recipe.residual_weight is None else recipe.residual_weight}
+    changes |= VARIANTS.get(variant, {})
+    changes.pop("norm_floor", None)
     speed = changes.pop("expert_speed", recipe.expert_learning_rate / recipe.learning_rate)
     learning_rate = SPEEDUP * recipe.learning_rate
     return replace(
@@ -71,6 +90,17 @@ def recipe_of(variant: str, steps: int, batch_size: int) -> Recipe:
         expert_learning_rate=speed * learning_rate,
         halve_at=(2 * steps // 3,),
     )
+
+
+@contextmanager
+def norm_floor(floor: float) -> Iterator[None]:
+    """Within the context the package adds `floor` to the norm of the experts' answer, instead of its own constant."""
+    own = moe_lora._NORM_EPS
+    moe_lora._NORM_EPS = floor
+    try:
+        yield
+    finally:
+        moe_lora._NORM_EPS = own
 
 
 def read_resized_mask(row: dict[str, Any], size: Sequence[int]) -> torch.Tensor:
@@ -87,8 +117,10 @@ def mean_figures(metrics: Any) -> dict[str, float]:
 @torch.no_grad()
 def score_plain_clip(clip: MoECLIPModel, processor: MoECLIPProcessor, rows: Any) -> dict[str, float]:
     """
-    CLIP without adaptation: patches behind the post-layernorm and the visual projection, by their cosines to the same
-    sentences behind the text projection, a softmax of the two cosines times 100; the image score is the class token's.
+    CLIP without adaptation: patches and class token behind the post-layernorm and the visual projection, by their
+    cosines to the same sentences behind the text projection, a softmax of the two cosines times 100. Patches make a
+    map, smoothed and upsampled as the protocol does it; the image score is the mean of its maximum and the class
+    token's probability.
     """
     metrics = {name: AnomalyMetrics("industrial") for name in sorted(set(rows["prompt_name"]))}
     anchors = {}
@@ -105,10 +137,10 @@ def score_plain_clip(clip: MoECLIPModel, processor: MoECLIPProcessor, rows: Any)
         cosines = torch.nn.functional.normalize(embeds, dim=-1) @ anchors[row["prompt_name"]].T
         anomalous = (100 * cosines).softmax(dim=-1)[0, :, 1]
         side = round((len(anomalous) - 1) ** 0.5)
-        grid = anomalous[1:].view(1, 1, side, side)
-        upsampled = torch.nn.functional.interpolate(grid, size=pixels.shape[-2:], mode="bilinear", align_corners=True)
+        grid = smooth(anomalous[1:].view(1, side, side), "industrial")
         mask = read_resized_mask(row, pixels.shape[-2:])
-        metrics[row["prompt_name"]].update(upsampled[0], anomalous[:1], mask, [row["label"]])
+        anomaly_map = upsample(grid, pixels.shape[-2:])
+        metrics[row["prompt_name"]].update(anomaly_map, anomalous[:1], mask, [row["label"]])
     return mean_figures(metrics.values())
 
 
@@ -119,55 +151,92 @@ def write_textures(root: Path, families: tuple[str, ...], normal: int, anomalous
 
 
 def run(variant: str, seed: int, steps: int, batch_size: int, image_size: int | None, folder: Path) -> dict[str, Any]:
-    """Train one model and score it."""
-    recipe = recipe_of(variant, steps, batch_size)
-    model, processor = start_model("embedded", recipe, seed, fresh=True, image_size=image_size)
-    args = training_arguments(
-        folder / "run",
-        recipe,
-        max_steps=steps,
-        save_strategy="no",
-        dataloader_num_workers=0,
-        logging_steps=max(1, steps // 10),
-        seed=seed,
-    )
-    samples = TrainingSamples(load_folder(folder / "seen"), processor, recipe.augment, seed)
-    trainer = MoECLIPTrainer(model, args, samples, processor, recipe)
-    trainer.train()
-    unseen = load_folder(folder / "unseen")
-    result = {"variant": variant, "seed": seed, "steps": steps, "batch_size": batch_size}
-    result["trained"] = evaluate(Pretrained(model, processor), unseen).metrics
-    for layer in model.moe_layers:
-        layer.residual_weight = 0.0
-    result["without_experts"] = evaluate(Pretrained(model, processor), unseen).metrics
-    result["log"] = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return result
+    """Train one model and score it; figures as trained and without experts, and the log."""
+    with norm_floor(VARIANTS.get(variant, {}).get("norm_floor", moe_lora._NORM_EPS)):
+        recipe = recipe_of(variant, steps, batch_size)
+        model, processor = start_model("embedded", recipe, seed, fresh=True, image_size=image_size)
+        args = training_arguments(
+            folder / "run",
+            recipe,
+            max_steps=steps,
+            save_strategy="no",
+            dataloader_num_workers=0,
+            logging_steps=max(1, steps // 10),
+            seed=seed,
+        )
+        samples = TrainingSamples(load_folder(folder / "seen"), processor, recipe.augment, seed)
+        trainer = MoECLIPTrainer(model, args, samples, processor, recipe)
+        trainer.train()
+        model.eval()
+        unseen = load_folder(folder / "unseen")
+        trained = evaluate(Pretrained(model, processor), unseen).metrics
+        for layer in model.moe_layers:
+            layer.residual_weight = 0.0
+        without_experts = evaluate(Pretrained(model, processor), unseen).metrics
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {"trained": trained, "without_experts": without_experts, "log": log}
 
 
-def print_table(results: list[dict[str, Any]]) -> None:
+def smallest_load(entry: dict[str, Any]) -> float:
+    """The smallest share of the tokens' choices that an expert of any block got."""
+    return min(share for name, share in entry.items() if name.startswith("expert_load/"))
+
+
+def tabulate(results: list[dict[str, Any]]) -> list[list[str]]:
+    """A heading and a row for all seeds of a variant under the same settings."""
     groups = defaultdict(list)
     for result in results:
-        groups[result["variant"], result["steps"]].append(result)
-    table = Table(
-        "variant", "steps", "seeds", "pixel AUROC", "pixel AP", "image AUROC",
-        "gain in pixel AUROC", "gain in pixel AP", "cosine", "drift", "grad norm of B, first", "last",
-    )  # fmt: skip
-    for (variant, steps), runs in groups.items():
-        trained = {name: [result["trained"][name] for result in runs] for name in FIGURES}
-        row = [spread(trained[name]) for name in ("pixel_auroc", "pixel_ap", "image_auroc")]
+        groups[tuple(result.get(name) for name in SETTINGS)].append(result)
+    rows = [[
+        "variant", "steps", "batch", "pixels", "CLIP", "seeds", "pixel AUROC", "pixel AP", "image AUROC",
+        "gain in pixel AUROC", "gain in pixel AP", "cosine", "drift", "smallest load", "grad norm of B, first", "last",
+    ]]  # fmt: skip
+    for settings, runs in groups.items():
+        row = ["-" if value is None else str(value) for value in settings] + [str(len(runs))]
+        for name in ("pixel_auroc", "pixel_ap", "image_auroc"):
+            row.append(spread([result["trained"][name] for result in runs]))
         if "without_experts" in runs[0]:
             for name in ("pixel_auroc", "pixel_ap"):
                 row.append(spread([result["trained"][name] - result["without_experts"][name] for result in runs], "+"))
-            for place, name in ((-1, "expert_cosine"), (-1, "expert_drift"), (0, "expert_grad_norm"),
-                                (-1, "expert_grad_norm")):  # fmt: skip
-                row.append(f"{mean(result['log'][place][name] for result in runs):.3g}")
-        table.add_row(variant, str(steps), str(len(runs)), *row)
-    Console(width=180).print(table)
+            first, last = ([result["log"][place] for result in runs] for place in (0, -1))
+            row += [f"{mean(entry[name] for entry in last):.3g}" for name in ("expert_cosine", "expert_drift")]
+            row.append(f"{mean(map(smallest_load, last)):.3g}")
+            row += [f"{mean(entry['expert_grad_norm'] for entry in entries):.3g}" for entries in (first, last)]
+        rows.append(row + ["-"] * (len(rows[0]) - len(row)))
+    return rows
 
 
 def spread(values: list[float], sign: str = "") -> str:
     deviation = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
     return f"{mean(values):{sign}.3f}{deviation}"
+
+
+def run_missing(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    """Run what the results lack of what the options ask for, and add it to them and to the output file."""
+    plain, processor = start_model("embedded", get_recipe("paper"), image_size=args.image_size)
+    weights = {name: tensor for name, tensor in plain.state_dict().items() if not name.startswith(MOECLIP_PARTS)}
+    common = {"image_size": processor.image_processor.size["height"], "clip": digest_weights(weights)[:8]}
+    done = {tuple(result.get(name) for name in (*SETTINGS, "seed")) for result in results}
+    folder = Path(tempfile.mkdtemp(prefix="experts-"))
+    try:
+        write_textures(folder / "seen", AUXILIARY_FAMILIES, normal=9, anomalous=27, seed=0)
+        write_textures(folder / "unseen", VALIDATION_FAMILIES, normal=18, anomalous=18, seed=1)
+        for seed in args.seeds:
+            for variant in args.variants:
+                trains = variant != "plain-clip"
+                steps, batch_size = (args.steps, args.batch_size) if trains else (0, None)
+                result = {"variant": variant, "steps": steps, "batch_size": batch_size, **common, "seed": seed}
+                if tuple(result[name] for name in (*SETTINGS, "seed")) in done:
+                    continue
+                if trains:
+                    result |= run(variant, seed, steps, batch_size, args.image_size, folder)
+                else:
+                    result["trained"] = score_plain_clip(plain, processor, load_folder(folder / "unseen"))
+                results.append(result)
+                with args.output.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
+    finally:
+        shutil.rmtree(folder)
 
 
 def main() -> None:
@@ -184,30 +253,9 @@ def main() -> None:
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     results = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
-    done = {tuple(result[name] for name in ("variant", "seed", "steps", "image_size")) for result in results}
-    folder = Path(tempfile.mkdtemp(prefix="experts-"))
-    try:
-        if not args.table:
-            write_textures(folder / "seen", AUXILIARY_FAMILIES, normal=9, anomalous=27, seed=0)
-            write_textures(folder / "unseen", VALIDATION_FAMILIES, normal=18, anomalous=18, seed=1)
-            for seed in args.seeds:
-                for variant in args.variants:
-                    steps = 0 if variant == "plain-clip" else args.steps
-                    if (variant, seed, steps, args.image_size) in done:
-                        continue
-                    if variant == "plain-clip":
-                        clip = start_model("embedded", get_recipe("paper"), image_size=args.image_size)
-                        figures = score_plain_clip(*clip, load_folder(folder / "unseen"))
-                        result = {"variant": variant, "seed": seed, "steps": 0, "trained": figures}
-                    else:
-                        result = run(variant, seed, args.steps, args.batch_size, args.image_size, folder)
-                    result["image_size"] = args.image_size
-                    results.append(result)
-                    with args.output.open("a") as file:
-                        file.write(json.dumps(result) + "\n")
-    finally:
-        shutil.rmtree(folder)
-    print_table(results)
+    if not args.table:
+        run_missing(args, results)
+    print(markdown_table(tabulate(results)))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """How cost grows with resolution, batch, number of experts and rank, as tables and a picture a quantity.
 
-    python -m benchmarks.growth [--rounds 1] [--only resolution batch experts rank metrics predictions]
+    python -m benchmarks.growth [--rounds 1] [--only resolution batch experts rank metrics predictions] [--most IMAGES]
 
-Forward pass beside the bare tower's, and training step beside the plain implementation's, ViT-L/14's sizes, random
-weights, float32, in turn; seconds a batch. A round that is not counted comes first, unless the batch is of more than
-2,000 tokens, whose round takes a minute. The plain step is left out where the attention weights that it keeps would
-take 4 GB.
+Forward pass beside the bare tower's, and forward pass and training step beside the plain implementation's, ViT-L/14's
+sizes, random weights, float32, in turn; seconds a batch. A round that is not counted comes first, unless the batch is
+of more than 2,000 tokens, whose round takes a minute. The plain step is left out where the attention weights that it
+keeps would take 4 GB.
 
 `metrics` and `predictions` grow in the number of images, each number in a fresh process: the seven metrics on
-simulated maps of 8 x 8, and scoring files of 64 x 64 with a model that takes no time.
+simulated maps of 8 x 8, up to 1,000,000, and scoring files of 64 x 64 with a model that takes no time, up to 100,000.
+A prediction takes up to 2 ms, so that these take three minutes; `--most 1000000` takes predictions as far as metrics,
+and half an hour more.
 """
 
 import time
@@ -27,8 +29,9 @@ from transformers import CLIPVisionModel
 
 from benchmarks.alternating import alternate
 from benchmarks.forward import bare_tower, random_model
+from benchmarks.plain_training import PlainMoECLIP
 from benchmarks.report import Report, argument_parser, publish
-from benchmarks.training_step import KEEP_FREED_MEMORY, apart, resident_bytes, training_side
+from benchmarks.training_step import GOALS_UNDER, apart, resident_bytes, training_side
 from moeclip_hf import MoECLIPModel, MoECLIPProcessor
 from moeclip_hf.data.textures import render
 from moeclip_hf.metrics import AnomalyMetrics
@@ -57,7 +60,7 @@ QUANTITIES = {
     "rank": Quantity("rank r of an expert, 224 px", (1, 8, 64), model="lora_rank"),
 }
 BATCH = {"images": 1, "image_size": 224}
-SIDES = ("bare tower, forward", "forward", "training step", "plain training step")
+SIDES = ("bare tower, forward", "forward", "plain forward", "training step", "plain training step")
 
 
 def tokens_of(image_size: int) -> int:
@@ -66,12 +69,12 @@ def tokens_of(image_size: int) -> int:
 
 
 def attention_bytes(images: int, image_size: int) -> float:
-    """What the plain side's attention weights take in a training step, ViT-L/14: 18 blocks of 16 heads, float32."""
+    """What the plain step keeps of attention weights, ViT-L/14: 18 blocks of 16 heads, float32."""
     return 18 * 16 * 4.0 * images * tokens_of(image_size) ** 2
 
 
 def sides_of(
-    model: MoECLIPModel, tower: CLIPVisionModel, images: int, image_size: int
+    model: MoECLIPModel, tower: CLIPVisionModel, plain: PlainMoECLIP, images: int, image_size: int
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """What is timed at one value."""
     pixel_values = torch.randn(images, 3, image_size, image_size)
@@ -87,20 +90,27 @@ def sides_of(
         model(pixel_values, text_embeds=anchors)
         model.train()
 
+    @torch.inference_mode()
+    def plain_forward() -> None:
+        plain.eval()
+        plain.score(pixel_values, anchors[0])
+        plain.train()
+
     yield SIDES[0], tower_forward
     yield SIDES[1], forward
-    yield SIDES[2], training_side(model, False, images, image_size)
+    yield SIDES[2], plain_forward
+    yield SIDES[3], training_side(model, images, image_size)
     if attention_bytes(images, image_size) < LARGEST_PLAIN_BYTES:
-        yield SIDES[3], training_side(model, True, images, image_size)
+        yield SIDES[4], training_side(model, images, image_size, plain)
 
 
 def time_batches(config: dict[str, int], batches: list[dict[str, int]], rounds: int) -> list[dict[str, float]]:
     """Median seconds of each side on batches of a model."""
     model = random_model(**config, num_experts_per_tok=min(2, config.get("num_experts", 2)))
-    tower, measured = bare_tower(model), []
+    tower, plain, measured = bare_tower(model), PlainMoECLIP(model), []
     for batch in batches:
         is_warmed = batch["images"] * tokens_of(batch["image_size"]) <= MOST_WARMED_TOKENS
-        seconds = alternate(dict(sides_of(model, tower, **batch)), rounds, uncounted=int(is_warmed))
+        seconds = alternate(dict(sides_of(model, tower, plain, **batch)), rounds, uncounted=int(is_warmed))
         measured.append({name: median(values) for name, values in seconds.items()})
     return measured
 
@@ -111,9 +121,7 @@ def vary(name: str, rounds: int) -> Report:
     models = [{quantity.model: value} for value in quantity.values] if quantity.model else [{}]
     batches = [BATCH | {quantity.batch: value} for value in quantity.values] if quantity.batch else [BATCH]
     measured = [
-        seconds
-        for config in models
-        for seconds in apart(time_batches, config, batches, rounds, environment=KEEP_FREED_MEMORY)
+        seconds for config in models for seconds in apart(time_batches, config, batches, rounds, allocator=GOALS_UNDER)
     ]
     rows = [[name, *(f"{side}, s" for side in SIDES)]]
     for value, seconds in zip(quantity.values, measured, strict=True):
@@ -123,17 +131,24 @@ def vary(name: str, rounds: int) -> Report:
     return Report(f"Cost over {quantity.title}", rows, pictures=[f"images/growth_{name}.png"])
 
 
-def count_images(name: str) -> Report:
+def counts_of(name: str, most: int | None) -> tuple[int, ...]:
+    """Numbers of images, each ten times the one before, up to `most` or what is usual."""
+    counted = COUNTED[name]
+    most = most or counted.most
+    return tuple(counted.least * 10**n for n in range(len(str(most))) if counted.least * 10**n <= most)
+
+
+def count_images(name: str, most: int | None) -> Report:
     """Seconds and memory of ever more images."""
-    title, measure, counts = COUNTED[name]
+    counted, counts = COUNTED[name], counts_of(name, most)
     rows = [["images", "seconds", "microseconds an image", "MB over the start"]]
     seconds = []
     for count in counts:
-        taken, held = apart(measure, count)
+        taken, held = apart(counted.measure, count)
         seconds.append(taken)
         rows.append([f"{count:,}", f"{taken:.2f}", f"{taken / count * 1e6:.1f}", f"{held / 1e6:.1f}"])
-    draw(name, "images", "seconds", counts, {title: seconds})
-    return Report(f"{title}, over the number of images", rows, pictures=[f"images/growth_{name}.png"])
+    draw(name, "images", "seconds", counts, {counted.title: seconds})
+    return Report(f"{counted.title}, over the number of images", rows, pictures=[f"images/growth_{name}.png"])
 
 
 def time_metrics(count: int, at_once: int = 1_000) -> tuple[float, int]:
@@ -191,9 +206,19 @@ def time_predictions(count: int) -> tuple[float, int]:
         return run(count), max(0, resident_bytes() - before)
 
 
-COUNTED: dict[str, tuple[str, Callable[[int], tuple[float, int]], tuple[int, ...]]] = {
-    "metrics": ("Seven metrics", time_metrics, (1_000, 10_000, 100_000, 1_000_000)),
-    "predictions": ("Prediction without a model", time_predictions, (100, 1_000, 10_000)),
+@dataclass(frozen=True)
+class Counted:
+    """What is measured on how many images."""
+
+    title: str
+    measure: Callable[[int], tuple[float, int]]
+    least: int
+    most: int
+
+
+COUNTED = {
+    "metrics": Counted("Seven metrics", time_metrics, 1_000, 1_000_000),
+    "predictions": Counted("Prediction without a model", time_predictions, 100, 100_000),
 }
 
 
@@ -221,9 +246,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     names = [*QUANTITIES, *COUNTED]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--most", type=int, metavar="IMAGES", help="for metrics and predictions, at least 1,000")
     args = parser.parse_args()
+    if args.most is not None and args.most < 1_000:
+        parser.error("--most must be at least 1,000")
     publish(
-        [count_images(name) if name in COUNTED else vary(name, args.rounds) for name in args.only],
+        [count_images(name, args.most) if name in COUNTED else vary(name, args.rounds) for name in args.only],
         args.output,
     )
 

@@ -5,11 +5,11 @@
     python -m examples.ablation --clip embedded --variants full K=1,2,8 k=1 r=4 --steps 500
 
 Every variant is trained on one data set, and evaluated on others by the benchmark protocol. What is done is kept in
-runs.jsonl and not done again; a training that was cut short goes on. docs/ablation.md tells what is varied.
+runs.jsonl and not done again; a training that was cut short goes on. Of a MoECLIP, as "embedded" is, the CLIP is taken
+with the configuration: what no variant sets, lambda and taps among it, is as there. docs/ablation.md tells the rest.
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import re
@@ -21,8 +21,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any
+from statistics import mean
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -30,22 +30,19 @@ from rich.table import Column, Table
 from torch import nn
 from transformers.utils import logging
 
+from examples.ablation_report import COSINE, PUBLISHED, figure_table, summarise, write_reports
 from moeclip_hf import MoECLIPConfig, MoECLIPModel
-from moeclip_hf.data import ABLATION, ABLATION_BENCHMARKS, EXPERT_SIMILARITY, load_data
+from moeclip_hf.data import load_data
 from moeclip_hf.data.textures import write_texture_benchmark
 from moeclip_hf.data.textures.splits import AUXILIARY_FAMILIES, SEEN_DEFECTS, TEST_FAMILIES
 from moeclip_hf.errors import CheckpointError, MoECLIPError
 from moeclip_hf.evaluation import evaluate
 from moeclip_hf.evaluation.protocol import provenance
-from moeclip_hf.evaluation.results import METRICS, UNDEFINED, markdown_table, mean_metrics
+from moeclip_hf.evaluation.results import mean_metrics
 from moeclip_hf.modeling.moe_lora import MoELora, MoELoraOutput, expert_codes, expert_gram
-from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
+from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, fetch_clip, load_pretrained
 from moeclip_hf.training import RECIPES, Recipe, get_recipe, start_model, train, training_arguments
 from moeclip_hf.training.recipes import apply_recipe
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # The paper's model, written out so that K=4 is found to be the full model and not trained once more.
 FULL: dict[str, Any] = {
@@ -67,23 +64,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 SWEEPS = {"K": "num_experts", "k": "num_experts_per_tok", "r": "lora_rank"}
 DEFAULT_VARIANTS = (*VARIANTS, "K=1", "K=2", "K=4", "K=8")
 
-# The paper's rows of a variant: in its ablation, and among its cosines.
-PAPER_ROWS = {
-    "full": ("full", "with FOFS and ETF"),
-    "no-fofs": ("without FOFS", None),
-    "no-etf": ("without ETF", "with FOFS"),
-    "no-fofs-no-etf": ("without FOFS and ETF", "plain mixture"),
-    "no-paa": ("without PAA", None),
-    "no-depthwise": ("without depth-wise adapter", None),
-}
-
+SAVE_STEPS = 50
 TEXTURE_SIZE = 256
 TRAIN_TEXTURES, TEST_TEXTURES = "auxiliary textures", "test textures"
-
-COSINE = "expert_cosine"
-FIGURES = {name: METRICS[name] for name in ("image_auroc", "pixel_auroc", "pixel_ap", "pixel_aupro")}
-FIGURES[COSINE] = "expert cosine"
-PUBLISHED = ("image_auroc", "pixel_auroc", COSINE)
 
 
 def variant_names(text: str) -> list[str]:
@@ -112,7 +95,8 @@ class Run:
     One training and its evaluation: all that decides what it comes to.
 
     Args:
-        clip: a CLIP, or a MoECLIP of which the CLIP alone is taken: folder, Hub id or "embedded".
+        clip: a CLIP, or a MoECLIP for its CLIP and configuration: folder, Hub id or "embedded".
+        clip_digest: of its files, from [`digest_clip`].
         train: the data to train on, as `load_data` takes it.
         test: the data to evaluate on.
         recipe ([`Recipe`])
@@ -124,6 +108,7 @@ class Run:
     """
 
     clip: str
+    clip_digest: str
     train: str
     test: tuple[str, ...]
     recipe: Recipe
@@ -134,20 +119,24 @@ class Run:
     image_size: int | None = None
 
     @classmethod
-    def of(cls, variant: str, seed: int, args: argparse.Namespace) -> "Run":
+    def of(cls, variant: str, seed: int, args: argparse.Namespace, clip_digest: str) -> "Run":
         """The run of a variant and a seed under the settings of the command line."""
         model = FULL | changes_of(variant)
+        expert_learning_rate = args.expert_learning_rate
+        if expert_learning_rate is None and args.learning_rate is not None:
+            usual = get_recipe(args.recipe)
+            expert_learning_rate = usual.expert_learning_rate / usual.learning_rate * args.learning_rate
         given = {
             "batch_size": args.batch_size,
             "learning_rate": args.learning_rate,
-            "expert_learning_rate": args.learning_rate,
+            "expert_learning_rate": expert_learning_rate,
             "halve_at": None if args.halve_at is None else tuple(args.halve_at),
             "etf_loss_coef": model.pop("etf_loss_coef", None),
         }
         depthwise = model.pop("depthwise", True)
         recipe = get_recipe(args.recipe, **{name: value for name, value in given.items() if value is not None})
-        test = tuple(args.test_dir)
-        return cls(args.clip, args.train_dir, test, recipe, model, args.steps, seed, depthwise, args.image_size)
+        data = (args.train_dir, tuple(args.test_dir))
+        return cls(args.clip, clip_digest, *data, recipe, model, args.steps, seed, depthwise, args.image_size)
 
     @property
     def key(self) -> str:
@@ -157,6 +146,15 @@ class Run:
 def key_of(settings: Mapping[str, Any]) -> str:
     """A name that tells runs of other settings apart; the same for a `Run` as a dict and for what JSON makes of it."""
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def digest_clip(clip: str) -> str:
+    """Tells CLIPs of one name apart: a digest of the files of configuration and weights, of a MoECLIP all weights."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(fetch_clip(EMBEDDED_CHECKPOINT if clip == "embedded" else clip).iterdir()):
+        if path.name == "config.json" or path.suffix in (".safetensors", ".bin"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def check_runs(runs: Mapping[str, Run]) -> None:
@@ -224,9 +222,8 @@ def execute(run: Run, train_rows: Any, test_rows: Sequence[Any], folder: Path) -
         )
         if not run.depthwise:
             leave_out_depthwise_convolution(model)
-        args = training_arguments(
-            folder, run.recipe, max_steps=run.steps or -1, seed=run.seed, save_total_limit=1, disable_tqdm=False
-        )
+        settings = {"save_steps": SAVE_STEPS, "save_total_limit": 1, "disable_tqdm": False}
+        args = training_arguments(folder, run.recipe, max_steps=run.steps or -1, seed=run.seed, **settings)
         train(model, processor, train_rows, run.recipe, args, resume=True)
     pretrained = load_pretrained(folder, dtype=torch.float32)
     with watched_cosines(pretrained.model) as cosines:
@@ -261,143 +258,6 @@ def read_done(path: Path) -> dict[str, dict[str, Any]]:
     return done
 
 
-def paper_figures(variant: str) -> dict[str, float]:
-    """The paper's figures of a variant, AUROC from 0 to 1; none where it has none."""
-    if variant not in PAPER_ROWS:
-        return {}
-    name, cosine = PAPER_ROWS[variant]
-    row = next(row for row in ABLATION if row.variant == name)
-    figures = {name: round(getattr(row, name) / 100, 4) for name in ("image_auroc", "pixel_auroc")}
-    return figures if cosine is None else figures | {COSINE: EXPERT_SIMILARITY[cosine]}
-
-
-def summarise(variant: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and sample standard deviation of every figure over the seeds; None where undefined."""
-    values: dict[str, list[float]] = {
-        name: [value for result in results if (value := result["figures"][name]) is not None]
-        for name in results[0]["figures"]
-    }
-    return {
-        "variant": variant,
-        "seeds": [result["run"]["seed"] for result in results],
-        "mean": {name: mean(of_seeds) if of_seeds else None for name, of_seeds in values.items()},
-        "std": {name: stdev(of_seeds) if len(of_seeds) > 1 else None for name, of_seeds in values.items()},
-        "values": {name: values[name] for name in FIGURES},
-        "paper": paper_figures(variant),
-    }
-
-
-def _cell(name: str, value: float | None, deviation: float | None = None) -> str:
-    if value is None:
-        return UNDEFINED
-    scale, digits = (1, 3) if name.startswith(COSINE) else (100, 1)
-    spread = "" if deviation is None else f" ± {scale * deviation:.{digits}f}"
-    return f"{scale * value:.{digits}f}{spread}"
-
-
-def figure_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """A row a variant, the paper's figures last; AUROC, AP and AUPRO in percent. The first row is the heading."""
-    table = [["variant", "seeds", *FIGURES.values(), *(f"paper: {FIGURES[name]}" for name in PUBLISHED)]]
-    for row in rows:
-        measured = [_cell(name, row["mean"][name], row["std"][name]) for name in FIGURES]
-        paper = [_cell(name, row["paper"].get(name)) for name in PUBLISHED]
-        table.append([row["variant"], str(len(row["seeds"])), *measured, *paper])
-    return table
-
-
-def cosine_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Cosines between experts, a row a variant and a column a block. The first row is the heading."""
-    names = [name for name in rows[0]["mean"] if name.startswith(f"{COSINE}_block_")]
-    table = [["variant", *(f"block {name.rsplit('_', 1)[1]}" for name in names)]]
-    for row in rows:
-        table.append([row["variant"], *(_cell(name, row["mean"][name], row["std"][name]) for name in names)])
-    return table
-
-
-def write_reports(rows: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]], output_dir: Path) -> None:
-    """Write ablation.json, ablation.csv, ablation.md and ablation.png."""
-    document = {"variants": rows, "runs": results}
-    (output_dir / "ablation.json").write_text(json.dumps(document, indent=2) + "\n")
-    with (output_dir / "ablation.csv").open("w", newline="", encoding="utf-8") as file:
-        names = list(rows[0]["mean"])
-        writer = csv.writer(file)
-        heads = [f"{name}_{statistic}" for name in names for statistic in ("mean", "std")]
-        writer.writerow(["variant", "seeds", *heads, *(f"{name}_paper" for name in FIGURES)])
-        for row in rows:
-            figures = [row[statistic][name] for name in names for statistic in ("mean", "std")]
-            paper = [row["paper"].get(name) for name in FIGURES]
-            writer.writerow([row["variant"], len(row["seeds"]), *figures, *paper])
-    (output_dir / "ablation.md").write_text(_markdown(rows, results[0]["run"]), encoding="utf-8")
-    draw(rows).savefig(output_dir / "ablation.png", dpi=110)
-
-
-def _markdown(rows: Sequence[dict[str, Any]], run: Mapping[str, Any]) -> str:
-    length = f"{run['steps']} steps" if run["steps"] else f"{run['recipe']['num_epochs']:g} epochs"
-    parts = [
-        "# Ablation",
-        f"The CLIP {run['clip']}, trained on {run['train']} for {length} of {run['recipe']['batch_size']} images; "
-        f"evaluated on {', '.join(run['test'])}. Means ± standard deviations over seeds; AUROC, AP and AUPRO in "
-        f"percent, cosines from -1 to 1; {UNDEFINED} is undefined or not published.",
-        markdown_table(figure_table(rows)),
-        f"The paper's AUROC are means over {', '.join(ABLATION_BENCHMARKS)}. Beside figures of other data only the "
-        f"differences between rows compare.",
-        "## Mean cosine between the outputs of two experts, by block",
-        markdown_table(cosine_table(rows)),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def draw(rows: Sequence[dict[str, Any]]) -> "Figure":
-    """
-    Draw a panel a figure and a bar a variant: how far its mean lies from the first variant's, and the cosine as it is.
-
-    Seeds are dots; those of the first variant show how much is chance. Diamonds are the paper's.
-
-    Returns:
-        `matplotlib.figure.Figure`
-    """
-    from matplotlib.figure import Figure
-
-    first = rows[0]
-    shown = [name for name in FIGURES if any(row["mean"][name] is not None for row in rows)]
-    figure = Figure(figsize=(2 + 2.7 * len(shown), 1.9 + 0.36 * len(rows)), layout="constrained")
-    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    for axes, name in zip(panels, shown, strict=True):
-        if name == COSINE:
-            axes.set(title=FIGURES[name], xlabel="mean over test images")
-            _draw_bars(axes, name, rows, 1, 0, 0)
-        else:
-            title = f"{FIGURES[name]}\n{first['variant']}: {_cell(name, first['mean'][name], first['std'][name])}"
-            axes.set(title=title, xlabel=f"percentage points from {first['variant']}")
-            _draw_bars(axes, name, rows, 100, first["mean"][name], first["paper"].get(name))
-    panels[0].set_yticks(range(len(rows)), [row["variant"] for row in rows])
-    panels[0].invert_yaxis()
-    marks = {label: mark for axes in panels for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=len(marks))
-    return figure
-
-
-def _draw_bars(
-    axes: "Axes", name: str, rows: Sequence[dict[str, Any]], scale: float, origin: float, paper_origin: float | None
-) -> None:
-    """One figure of all rows, `scale` times their distance from an origin; the paper's from the paper's."""
-    means = {place: row["mean"][name] for place, row in enumerate(rows) if row["mean"][name] is not None}
-    axes.barh(list(means), [scale * (value - origin) for value in means.values()], height=0.7, color="#9ab8d6",
-              label="mean over seeds")  # fmt: skip
-    seeds = [(scale * (value - origin), place) for place, row in enumerate(rows) for value in row["values"][name]]
-    axes.plot(*zip(*seeds, strict=True), "o", color="#1f3b57", markersize=4, alpha=0.7, label="a seed")
-    if paper_origin is not None:
-        paper = [
-            (scale * (row["paper"][name] - paper_origin), place)
-            for place, row in enumerate(rows)
-            if name in row["paper"]
-        ]
-        axes.plot(*zip(*paper, strict=True), "D", color="#d1495b", markersize=7, fillstyle="none", label="the paper's")
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.grid(axis="x", alpha=0.3)
-    axes.margins(x=0.1)
-
-
 def render_textures(folder: Path) -> dict[str, Path]:
     """Textures to train on, and others of families that are not among them, rendered once; their folders by name."""
     rendered = {TRAIN_TEXTURES: folder / "auxiliary", TEST_TEXTURES: folder / "test"}
@@ -429,7 +289,8 @@ def ablate(args: argparse.Namespace) -> None:
     """Do the runs that are not done, and write the reports after each."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     variants = list(dict.fromkeys(chain.from_iterable(args.variants)))
-    runs = {variant: [Run.of(variant, seed, args) for seed in args.seeds] for variant in variants}
+    clip_digest = digest_clip(args.clip)
+    runs = {variant: [Run.of(variant, seed, args, clip_digest) for seed in args.seeds] for variant in variants}
     check_runs({variant: of_variant[0] for variant, of_variant in runs.items()})
     sources = [args.train_dir, *args.test_dir]
     rendered = render_textures(args.output_dir / "textures") if {TRAIN_TEXTURES, TEST_TEXTURES} & {*sources} else {}
@@ -470,7 +331,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="of every training; the recipe's epochs by default")
     parser.add_argument("--batch-size", type=int, help="the recipe's by default")
-    parser.add_argument("--learning-rate", type=float, help="of everything; the recipe's by default")
+    parser.add_argument("--learning-rate", type=float, help="the recipe's by default")
+    parser.add_argument("--expert-learning-rate", type=float, help="of routers and experts; "
+                        "by default the recipe's, scaled as --learning-rate scales the others")  # fmt: skip
     parser.add_argument("--halve-at", type=int, nargs="+", metavar="STEP", help="the recipe's steps by default")
     parser.add_argument("--image-size", type=int, help="edge of the input in pixels; the checkpoint's by default")
     parser.add_argument("--recipe", choices=RECIPES, default="paper")

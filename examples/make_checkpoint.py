@@ -3,9 +3,9 @@
     python -m examples.make_checkpoint [--output-dir outputs/checkpoint] [--install]
 
 Every part is a command that a reader can run alone; they are printed as they run. A part whose result is there is
-passed over, and one that was cut off goes on. What the card reports was used for no choice: test families, unseen
-kinds of defect, and photographs. `--install` puts the result in the place of the checkpoint that comes with the
-package.
+passed over. A training or an evaluation that was cut off goes on, and any other part starts again. No setting was
+chosen by what the card reports: test families, unseen kinds of defect, and photographs. `--install` puts the result in
+the place of the checkpoint that comes with the package.
 """
 
 import argparse
@@ -35,20 +35,22 @@ from moeclip_hf.data.textures.splits import (
     VALIDATION_FAMILIES,
 )
 from moeclip_hf.evaluation import evaluate
+from moeclip_hf.evaluation.results import Metrics
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
 from moeclip_hf.training import get_recipe, start_model
 
 PICTURE_SIZE = 256
-# Folder: families, defects, normal and anomalous images a family, seed.
+# Folder: families, defects, normal and anomalous images a family, seed. What is reported had the seeds 4, 5 and 6 when
+# an earlier adaptation was scored on it, before the settings below were chosen on "validation" alone.
 TEXTURES: dict[str, tuple[tuple[str, ...], tuple[str, ...], int, int, int]] = {
     "auxiliary": (AUXILIARY_FAMILIES, SEEN_DEFECTS, 36, 54, 1),
     "normal": (AUXILIARY_FAMILIES, SEEN_DEFECTS, 16, 0, 2),
     "validation": (VALIDATION_FAMILIES, SEEN_DEFECTS, 36, 36, 3),
-    "test": (TEST_FAMILIES, SEEN_DEFECTS, 36, 45, 4),
-    "test_unseen_defects": (TEST_FAMILIES, UNSEEN_DEFECTS, 36, 36, 5),
+    "test": (TEST_FAMILIES, SEEN_DEFECTS, 36, 45, 14),
+    "test_unseen_defects": (TEST_FAMILIES, UNSEEN_DEFECTS, 36, 36, 15),
 }
 PHOTOGRAPHS = {"brick_wall": "brick", "grass": "grass", "gravel": "gravel"}  # class: scikit-image's photograph
-CROPS_A_PHOTOGRAPH = 60
+CROPS_A_PHOTOGRAPH, PHOTOGRAPH_SEED = 60, 16
 REPORTED = ("test", "test_unseen_defects", "photographs")
 IMAGE_SIZE = 256
 TRAINING: Mapping[str, object] = {
@@ -61,10 +63,12 @@ TRAINING: Mapping[str, object] = {
     "expert-learning-rate": 1e-3,
     "residual-weight": 0.03,  # eight narrow blocks bear less of it than the paper's 24
 }
+SAVE_STEPS = 50
 FALSE_ALARMS, PIXEL_FALSE_ALARMS = 0.1, 0.05
+WRONG_NAMES = 3
 
 
-def write_photographs(root: Path, seed: int = 6) -> None:
+def write_photographs(root: Path, seed: int = PHOTOGRAPH_SEED) -> None:
     """Write crops of real photographs, every other one with a defect cut in, in MVTec AD's tree."""
     for class_name, name in PHOTOGRAPHS.items():
         photograph = getattr(data, name)()
@@ -120,11 +124,14 @@ def make(root: Path) -> Path:
     if not (trained / "config.json").exists():
         options = [word for name, value in TRAINING.items() for word in (f"--{name}", value)]
         run("moeclip_hf.cli", "train", "--dataset", root / "auxiliary", "--clip", clip, "--output-dir", trained,
-            "--resume", "--tracker", "none", *options)  # fmt: skip
-    if not (final / "config.json").exists():
-        store_in_half_precision(trained, final)
-        run("moeclip_hf.cli", "calibrate", "--data-dir", root / "normal", "--model", final, "--in-place",
+            "--resume", "--save-steps", SAVE_STEPS, "--tracker", "none", *options)  # fmt: skip
+    if not final.exists():  # a checkpoint takes its name once it is calibrated
+        unfinished = root / f"{final.name}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        store_in_half_precision(trained, unfinished)
+        run("moeclip_hf.cli", "calibrate", "--data-dir", root / "normal", "--model", unfinished, "--in-place",
             "--false-alarm-rate", FALSE_ALARMS, "--pixel-false-alarm-rate", PIXEL_FALSE_ALARMS)  # fmt: skip
+        unfinished.rename(final)
     for name in REPORTED:
         results = root / "evaluation" / name
         if not (results / "results.json").exists():
@@ -150,16 +157,28 @@ def read_figures(root: Path, final: Path) -> Figures:
     plain = {name: score_plain_clip(clip, processor, load_folder(root / name)) for name in REPORTED}
     rows = load_folder(root / "test")
     classes = sorted(set(rows["prompt_name"]))
-    following = dict(zip(classes, [*classes[1:], classes[0]], strict=True))
-    other_names = {
-        "the name of another class": [following[name] for name in rows["prompt_name"]],
-        "`object`": ["object"] * len(rows),
-    }
-    renamed = {}
-    for told, names in other_names.items():
-        column = rows.remove_columns("prompt_name").add_column("prompt_name", names)
-        renamed[told] = evaluate(pretrained, column.cast(rows.features)).metrics
-    return Figures(documents, plain, renamed)
+
+    def evaluate_as(names: Mapping[str, str]) -> Metrics:
+        """Evaluate with every class under the name that is given for it."""
+        column = [names[name] for name in rows["prompt_name"]]
+        renamed = rows.remove_columns("prompt_name").add_column("prompt_name", column)
+        return evaluate(pretrained, renamed.cast(rows.features)).metrics
+
+    shifted = (classes[shift:] + classes[:shift] for shift in range(1, WRONG_NAMES + 1))
+    wrong = [evaluate_as(dict(zip(classes, names, strict=True))) for names in shifted]
+    return Figures(documents, plain, wrong, evaluate_as(dict.fromkeys(classes, "object")))
+
+
+def install(checkpoint: Path) -> None:
+    """Put a checkpoint in the place of the embedded one, which is moved away once the other is beside it, whole."""
+    incoming, outgoing = (EMBEDDED_CHECKPOINT.with_name(f"{EMBEDDED_CHECKPOINT.name}.{end}") for end in ("new", "old"))
+    shutil.rmtree(incoming, ignore_errors=True)
+    shutil.copytree(checkpoint, incoming)
+    shutil.rmtree(outgoing, ignore_errors=True)
+    if EMBEDDED_CHECKPOINT.exists():  # an earlier call may have been cut off between the two moves
+        EMBEDDED_CHECKPOINT.rename(outgoing)
+    incoming.rename(EMBEDDED_CHECKPOINT)
+    shutil.rmtree(outgoing, ignore_errors=True)
 
 
 def main() -> None:
@@ -172,8 +191,7 @@ def main() -> None:
     write_card(final, read_figures(args.output_dir, final))
     print(final / "README.md")
     if args.install:
-        shutil.rmtree(EMBEDDED_CHECKPOINT)
-        shutil.copytree(final, EMBEDDED_CHECKPOINT)
+        install(final)
 
 
 if __name__ == "__main__":

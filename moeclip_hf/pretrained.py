@@ -64,7 +64,7 @@ class Detector(Protocol):
 
 
 class Pretrained(NamedTuple):
-    """A model in eval mode, and its processor: a [`Detector`] that torch computes."""
+    """A model, put in eval mode by use, and its processor: a [`Detector`] that torch computes."""
 
     model: MoECLIPModel
     processor: MoECLIPProcessor
@@ -80,6 +80,8 @@ class Pretrained(NamedTuple):
 
     def patch_maps(self, pixel_values: torch.Tensor, encoded_class: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Smoothed maps (B, h, w) and scores (B,) of prepared images (B, 3, H, W), against anchors (1, 2, D)."""
+        if self.model.training:  # as a trainer leaves it
+            self.model.eval()
         with torch.inference_mode():
             outputs = self.model(pixel_values.to(self.model.device, self.model.dtype), text_embeds=encoded_class)
             return patch_maps(outputs, self.processor.domain)

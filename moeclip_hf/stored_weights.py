@@ -4,10 +4,12 @@ A configuration can ask for any size, and transformers sets the memory aside and
 holds something else. So names, shapes and types are compared first, on the meta device, which costs nothing.
 """
 
+import hashlib
 import json
 import pickle
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -210,6 +212,19 @@ def list_faults(faults: Mapping[str, Iterable[str]]) -> str:
 
 def _shown(entry: str) -> str:
     return entry if entry.isprintable() and len(entry) <= _MAX_SHOWN else ascii(entry[:_MAX_SHOWN])
+
+
+def digest_weights(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A digest of named weights, in any order, 32 hexadecimal digits."""
+
+    def digest(named: tuple[str, torch.Tensor]) -> bytes:
+        name, tensor = named
+        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return hashlib.sha256(name.encode() + b"\0" + hashlib.sha256(values).digest()).digest()
+
+    with ThreadPoolExecutor() as threads:  # hashing leaves other threads to run
+        digests = threads.map(digest, sorted(tensors.items()))
+        return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -4,18 +4,20 @@ import csv
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_models import random_anchors, tiny_model
 from training_runs import write_folder, write_plain_clip
 
-from examples import ablation
+from examples import ablation, ablation_report
 from moeclip_hf.explanation import explain
 from moeclip_hf.pretrained import Pretrained
-from moeclip_hf.training import get_recipe, start_model
+from moeclip_hf.training import RECIPES, MoECLIPTrainer, get_recipe, start_model
 
 
 def call(monkeypatch, *arguments):
@@ -99,7 +101,7 @@ def test_the_picture_has_a_bar_a_variant_and_a_dot_a_seed(finished):
     _, folder, _ = finished
     assert Image.open(folder / "ablation.png").width > 1000
     rows = json.loads((folder / "ablation.json").read_text())["variants"]
-    panels = ablation.draw(rows).axes
+    panels = ablation_report.draw(rows).axes
     assert len(panels) == 5
     full, plain = (row["mean"]["pixel_auroc"] for row in rows)
     assert [bar.get_width() for bar in panels[1].patches] == pytest.approx([0, 100 * (plain - full)])
@@ -133,7 +135,69 @@ def another(finished, tmp_path):
     return [*options[:-1], tmp_path, "--variants", "full"]
 
 
-def test_a_run_that_was_cut_short_goes_on_to_the_same_figures(finished, another, monkeypatch, tmp_path):
+@pytest.mark.parametrize("part", ["model.safetensors", "config.json"])
+def test_runs_of_another_clip_of_the_same_name_are_not_reused(finished, another, monkeypatch, tmp_path, part):
+    class RepeatedError(Exception):
+        pass
+
+    def repeat(*args):
+        raise RepeatedError
+
+    path = finished[0][1] / part
+    stored = path.read_bytes()
+    shutil.copy(finished[1] / "runs.jsonl", tmp_path)
+    monkeypatch.setattr(ablation, "execute", repeat)
+    call(monkeypatch, *another)
+    try:
+        if part == "config.json":
+            path.write_text(json.dumps(json.loads(stored) | {"lora_alpha": 8}))
+        else:
+            weights = load_file(path)
+            weights["visual_projection.weight"][0, 0] += 1
+            save_file(weights, path, metadata={"format": "pt"})
+        with pytest.raises(RepeatedError):
+            call(monkeypatch, *another)
+    finally:
+        path.write_bytes(stored)
+
+
+@pytest.mark.parametrize(
+    ("options", "rates"),
+    [
+        ([], (5e-4, 1e-3)),
+        (["--learning-rate", "2e-3"], (2e-3, 4e-3)),
+        (["--expert-learning-rate", "0"], (5e-4, 0)),
+        (["--learning-rate", "2e-3", "--expert-learning-rate", "1e-3"], (2e-3, 1e-3)),
+    ],
+)
+def test_experts_learn_at_the_rate_given_or_at_the_recipes_ratio_to_the_other(monkeypatch, options, rates):
+    runs = []
+    monkeypatch.setitem(RECIPES, "paper", replace(RECIPES["paper"], expert_learning_rate=1e-3))
+    monkeypatch.setattr(ablation, "ablate", lambda args: runs.append(ablation.Run.of("full", 0, args, "")))
+    call(monkeypatch, "--clip", "x", *options)
+    assert (runs[0].recipe.learning_rate, runs[0].recipe.expert_learning_rate) == rates
+
+
+def test_a_training_that_was_cut_short_goes_on_from_its_last_checkpoint(finished, another, monkeypatch, tmp_path):
+    steps = []
+    training_step = MoECLIPTrainer.training_step
+
+    def step(trainer, *args):
+        steps.append(trainer.state.global_step)
+        if steps == [0, 1]:
+            raise KeyboardInterrupt
+        return training_step(trainer, *args)
+
+    monkeypatch.setattr(ablation, "SAVE_STEPS", 1)
+    monkeypatch.setattr(MoECLIPTrainer, "training_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        call(monkeypatch, *another)
+    call(monkeypatch, *another)
+    assert steps == [0, 1, 1]
+    assert read_lines(tmp_path)[0]["figures"] == read_lines(finished[1])[0]["figures"]
+
+
+def test_an_evaluation_that_was_cut_short_finds_the_trained_model(finished, another, monkeypatch, tmp_path):
     def interrupt(*args):
         raise KeyboardInterrupt
 
@@ -174,16 +238,16 @@ def test_a_single_expert_has_no_cosine():
 
 
 def test_means_and_deviations_are_over_the_seeds_in_which_a_figure_is_defined():
-    results = [{"run": {"seed": seed}, "figures": dict.fromkeys(ablation.FIGURES)} for seed in (0, 1, 2)]
+    results = [{"run": {"seed": seed}, "figures": dict.fromkeys(ablation_report.FIGURES)} for seed in (0, 1, 2)]
     for result, value in zip(results, (0.5, 0.7, 0.9), strict=True):
         result["figures"]["pixel_ap"] = value
-    summary = ablation.summarise("K=2", results)
+    summary = ablation_report.summarise("K=2", results)
     assert summary["seeds"] == [0, 1, 2]
     assert summary["mean"]["pixel_ap"] == pytest.approx(0.7)
     assert summary["std"]["pixel_ap"] == pytest.approx(0.2)
     assert summary["mean"]["image_auroc"] is None and summary["std"]["image_auroc"] is None
     assert summary["paper"] == {}
-    table = ablation.figure_table([summary])
+    table = ablation_report.figure_table([summary])
     assert table[1] == ["K=2", "3", "—", "—", "70.0 ± 20.0", "—", "—", "—", "—", "—"]
 
 

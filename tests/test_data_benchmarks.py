@@ -146,6 +146,10 @@ def test_two_masks_for_one_image_are_refused(tmp_path):
     with pytest.raises(DatasetError, match=r"two masks for one image, remove one: .*0.bmp and .*0.png"):
         load_benchmark("clinicdb", tmp_path)
 
+    (tmp_path / "masks/0.bmp").rename(tmp_path / "masks/0_mask.bmp")
+    with pytest.raises(DatasetError, match=r"two masks for one image, remove one: .*0.png and .*0_mask.bmp"):
+        load_benchmark("clinicdb", tmp_path)
+
 
 def test_a_missing_mask_leaves_the_anomalous_pixels_unknown(tmp_path):
     write_tree("colondb", tmp_path)

@@ -111,6 +111,15 @@ def test_every_image_goes_through_the_model_once_in_batches_of_one_group(pretrai
         assert {rows[index]["group"] for index in batch.indices} == {batch.group}
 
 
+def test_a_model_that_was_left_in_training_mode_is_evaluated_without_dropout(pretrained, tmp_path):
+    write_tree("btad", tmp_path, normal=2, anomalous=2)
+    rows = load_data("btad", tmp_path)
+    expected = evaluate(pretrained, rows, image_size=EDGE)
+    pretrained.model.train()
+    assert evaluate(pretrained, rows, image_size=EDGE).metrics == expected.metrics
+    assert not pretrained.model.training
+
+
 def test_undefined_figures_are_none_and_left_out_of_means(pretrained, benchmarks):
     scans, polyps = (
         evaluate(pretrained, load_data(name, benchmarks), image_size=EDGE) for name in ("headct", "clinicdb")

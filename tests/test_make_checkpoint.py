@@ -1,25 +1,40 @@
 """The command that makes the embedded checkpoint, at a size of seconds, and the card that it writes."""
 
 import json
+import shutil
 import sys
 
+import numpy as np
 import pytest
-from training_runs import write_plain_clip
+from safetensors.numpy import load_file
+from scipy import ndimage
+from training_runs import write_folder, write_plain_clip
 
+from benchmarks import experts
 from examples import checkpoint_card, make_checkpoint
+from examples.make_checkpoint import TEXTURES
 from moeclip_hf.data import load_folder
+from moeclip_hf.data.textures import TOLERANCE, add_defect
+from moeclip_hf.data.textures.splits import VALIDATION_FAMILIES
+from moeclip_hf.metrics import AnomalyMetrics
 from moeclip_hf.pretrained import load_pretrained
+from moeclip_hf.training import MoECLIPTrainer, get_recipe, start_model
+
+NAME = make_checkpoint.EMBEDDED_CHECKPOINT.name
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tokenizer):
-    """The output folder of a call that has run, on a CLIP that is there already."""
+    """The output folder of a call that has run, on a CLIP that is there already, and has installed its result."""
     root = tmp_path_factory.mktemp("checkpoint")
     write_plain_clip(root / "clip", tokenizer)
+    embedded = tmp_path_factory.mktemp("package") / NAME
+    embedded.mkdir()
+    (embedded / "of the old one").touch()
     textures = {
         "auxiliary": (("leather",), ("stain",), 2, 4, 1),
         "normal": (("leather",), ("stain",), 4, 0, 2),
-        "test": (("straw", "felt"), ("hole",), 2, 2, 4),
+        "test": (("straw", "felt", "denim", "burlap"), ("hole",), 2, 2, 4),
         "test_unseen_defects": (("straw",), ("debris",), 2, 2, 5),
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -29,15 +44,17 @@ def made(tmp_path_factory, tokenizer):
         patch.setattr(make_checkpoint, "IMAGE_SIZE", 32)
         settings = {"image-size": 32, "batch-size": 2, "max-steps": 2}
         patch.setattr(make_checkpoint, "TRAINING", settings)
+        patch.setattr(make_checkpoint, "SAVE_STEPS", 1)
+        patch.setattr(make_checkpoint, "EMBEDDED_CHECKPOINT", embedded)
         patch.setattr(make_checkpoint, "FALSE_ALARMS", 0.5)
         patch.setattr(make_checkpoint, "PIXEL_FALSE_ALARMS", 0.5)
-        patch.setattr(sys, "argv", ["make_checkpoint", "--output-dir", str(root)])
+        patch.setattr(sys, "argv", ["make_checkpoint", "--output-dir", str(root), "--install"])
         make_checkpoint.main()
         yield root
 
 
 def test_checkpoint_is_half_precision_calibrated_and_loads(made):
-    folder = made / make_checkpoint.EMBEDDED_CHECKPOINT.name
+    folder = made / NAME
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float16"
     pretrained = load_pretrained(folder)
     assert pretrained.processor.image_threshold != 0.5
@@ -45,7 +62,7 @@ def test_checkpoint_is_half_precision_calibrated_and_loads(made):
 
 
 def test_card_reports_what_the_evaluations_wrote(made):
-    card = (made / make_checkpoint.EMBEDDED_CHECKPOINT.name / "README.md").read_text()
+    card = (made / NAME / "README.md").read_text()
     for name, told in checkpoint_card.DATA.items():
         document = json.loads((made / "evaluation" / name / "results.json").read_text())
         metrics = document["datasets"][0]["metrics"]
@@ -53,6 +70,8 @@ def test_card_reports_what_the_evaluations_wrote(made):
         assert f"| {100 * metrics['pixel_auroc']:.1f} |" in line
         assert f"| {100 * metrics['image_auroc']:.1f} |" in line
     assert "straw (test)" in card and "gravel (photographs)" in card
+    assert "| that of another class, mean of 3 ways to give them |" in card
+    assert "Of the photographs' classes, adaptation saw brick wall and gravel by name and texture" in card
     assert "{" not in card
 
 
@@ -64,21 +83,163 @@ def test_what_is_made_is_not_made_again(made, monkeypatch):
     make_checkpoint.main()
 
 
-def test_photographs_are_crops_with_exact_masks_every_other_time(made):
-    rows = load_folder(made / "photographs")
+def folder_contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_checkpoint_takes_its_name_once_it_is_calibrated(made, tmp_path, monkeypatch):
+    root = shutil.copytree(made, tmp_path / "cut", ignore=shutil.ignore_patterns(NAME))
+    calls = []
+
+    def run(*words):
+        calls.append(words[1])
+        assert not (root / NAME).exists()
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_checkpoint, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        make_checkpoint.make(root)
+    assert (make_checkpoint.make(root) / "config.json").exists()
+    assert calls == ["calibrate", "calibrate"]
+
+
+def test_training_that_was_cut_off_goes_on_from_its_last_checkpoint(made, tmp_path, monkeypatch, command):
+    root = shutil.copytree(made, tmp_path / "cut", ignore=shutil.ignore_patterns("trained"))
+    steps = []
+    training_step = MoECLIPTrainer.training_step
+
+    def step(trainer, *args):
+        steps.append(trainer.state.global_step)
+        if steps == [0, 1]:
+            raise KeyboardInterrupt
+        return training_step(trainer, *args)
+
+    monkeypatch.setattr(MoECLIPTrainer, "training_step", step)
+    monkeypatch.setattr(make_checkpoint, "run", lambda module, *words: command(*map(str, words)))
+    make_checkpoint.make(root)
+    assert not (root / "trained" / "config.json").exists()
+    make_checkpoint.make(root)
+    assert steps == [0, 1, 1]
+    unbroken, resumed = (load_file(path / "trained" / "model.safetensors") for path in (made, root))
+    for name, weight in unbroken.items():
+        np.testing.assert_allclose(resumed[name], weight, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_installed_checkpoint_is_the_one_that_was_made(made):
+    assert folder_contents(make_checkpoint.EMBEDDED_CHECKPOINT) == folder_contents(made / NAME)
+    assert [path.name for path in make_checkpoint.EMBEDDED_CHECKPOINT.parent.iterdir()] == [NAME]
+
+
+def test_embedded_checkpoint_stays_where_another_cannot_be_copied(tmp_path, monkeypatch):
+    new, embedded = tmp_path / "new", tmp_path / "package" / NAME
+    for folder in (new, embedded):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(str(folder))
+    monkeypatch.setattr(make_checkpoint, "EMBEDDED_CHECKPOINT", embedded)
+
+    def fill(source, target):
+        target.mkdir()
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(shutil, "copytree", fill)
+        make_checkpoint.install(new)
+    assert (embedded / "config.json").read_text() == str(embedded)
+
+    embedded.rename(f"{embedded}.old")  # as a call leaves it that was cut off between its two moves
+    make_checkpoint.install(new)
+    assert (embedded / "config.json").read_text() == str(new)
+    assert [path.name for path in embedded.parent.iterdir()] == [NAME]
+
+
+def test_what_is_reported_is_not_what_was_scored_before_the_settings_were_chosen():
+    assert {TEXTURES[name][-1] for name in ("test", "test_unseen_defects")}.isdisjoint({4, 5})
+    assert make_checkpoint.PHOTOGRAPH_SEED != 6
+
+
+def test_photographs_are_crops_with_exact_masks_every_other_time(tmp_path, monkeypatch):
+    crops = []
+
+    def recorded(crop, *args):
+        crops.append(crop.copy())
+        return add_defect(crop, *args)
+
+    monkeypatch.setattr(make_checkpoint, "PICTURE_SIZE", 64)
+    monkeypatch.setattr(make_checkpoint, "CROPS_A_PHOTOGRAPH", 4)
+    monkeypatch.setattr(make_checkpoint, "add_defect", recorded)
+    make_checkpoint.write_photographs(tmp_path)
+    rows = load_folder(tmp_path)
     assert sorted(set(rows["prompt_name"])) == ["brick wall", "grass", "gravel"]
-    assert sum(rows["label"]) == len(rows) // 2
+    assert sum(rows["label"]) == len(rows) // 2 == len(crops)
+    damaged = [row for row in rows if row["label"]]
+    for row in damaged:
+        image, mask = np.asarray(row["image"]).astype(int), np.asarray(row["mask"]) > 0
+        differences = [np.abs(image - crop).max(axis=2) for crop in crops]
+        difference = min(differences, key=np.count_nonzero)
+        assert difference[~mask].max() <= TOLERANCE
+        assert (difference[mask] > TOLERANCE).mean() > 0.5
+
+
+def test_maps_of_the_plain_clip_are_smoothed_on_the_patch_grid(tokenizer, tmp_path, monkeypatch):
+    """On a grid of 4 x 4 patches and 16 x 16 pixels every fifth pixel is a patch's own."""
+    clip = start_model(write_plain_clip(tmp_path / "clip", tokenizer), get_recipe("paper"), image_size=16)
+    rows = load_folder(write_folder(tmp_path / "data", images_a_state=1))
+    grids = []
+
+    class Metrics(AnomalyMetrics):
+        def update(self, maps, *args):
+            grids.append(maps[0, ::5, ::5].numpy())
+            super().update(maps, *args)
+
+    monkeypatch.setattr(experts, "AnomalyMetrics", Metrics)
+    experts.score_plain_clip(*clip, rows)
+    monkeypatch.setattr(experts, "smooth", lambda grid, domain: grid)
+    experts.score_plain_clip(*clip, rows)
+    assert len(grids) == 2 * len(rows)
+    for smoothed, grid in zip(grids[: len(rows)], grids[len(rows) :], strict=True):
+        assert np.ptp(grid) > 0.01
+        expected = ndimage.gaussian_filter(grid, 1.0, mode="mirror", radius=3)
+        np.testing.assert_allclose(smoothed, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        (0.1, "The class name matters"),
-        (0.9, "The class name does not matter here"),
+        (0.46, "The class name matters: with the name of another class the figures are 4.0 points lower, in the mean"),
+        (0.54, "The right class name is no help: with the name of another class the figures are 4.0 points higher"),
+        (0.496, "The class name does not matter: with the name of another class the figures are 0.4 points lower"),
+        (0.504, "The class name does not matter: with the name of another class the figures are 0.4 points higher"),
     ],
 )
-def test_card_says_whether_the_class_name_matters(wrong, sentence):
+def test_card_says_whether_the_class_name_matters_in_the_mean_of_all_figures(wrong, sentence):
     right = dict.fromkeys(checkpoint_card.SHOWN, 0.5)
-    assert checkpoint_card.judge_names(right, {"another": dict.fromkeys(right, wrong)}).startswith(sentence)
-    mixed = right | {"pixel_ap": 0.4}
-    assert "pixel AP are lower, the others are not" in checkpoint_card.judge_names(right, {"another": mixed})
+    uneven = {
+        name: wrong + shift for name, shift in zip(checkpoint_card.SHOWN, (0.03, 0.01, -0.02, -0.02), strict=True)
+    }
+    assert checkpoint_card.judge_names(right, uneven).startswith(sentence)
+
+
+def test_card_says_on_which_data_adaptation_lowers_image_auroc():
+    def figures(*adapted):
+        documents = {
+            name: {"datasets": [{"metrics": dict.fromkeys(checkpoint_card.SHOWN, value)}]}
+            for name, value in zip(checkpoint_card.DATA, adapted, strict=True)
+        }
+        plain = {name: dict.fromkeys(checkpoint_card.SHOWN, 0.8) for name in checkpoint_card.DATA}
+        return checkpoint_card.Figures(documents, plain, [], {})
+
+    lowered = checkpoint_card.judge_image_scores(figures(0.9, 0.78, 0.7996))
+    unseen = checkpoint_card.DATA["test_unseen_defects"]
+    assert lowered.startswith(
+        f"Adaptation lowers image AUROC against the plain CLIP on 1 of 3: {unseen} (80.0 to 78.0)."
+    )
+    assert "lowers image AUROC against the plain CLIP on none" in checkpoint_card.judge_image_scores(
+        figures(0.9, 0.8, 0.8)
+    )
+
+
+def test_card_says_which_photographs_are_of_families_that_adaptation_saw():
+    told = checkpoint_card.tell_photographs(["gravel", VALIDATION_FAMILIES[0]])
+    assert "saw gravel by name and texture, as rendered families, and circuit board not at all" in told
+    assert "saw none by name" in checkpoint_card.tell_photographs(["grass"])

@@ -92,6 +92,17 @@ def test_killed_run_goes_on_from_its_last_checkpoint(inputs, unbroken, tmp_path)
     assert [entry["loss"] for entry in history(tmp_path)] == [entry["loss"] for entry in history(unbroken)]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_run_goes_on_on_another_number_of_processes(inputs, unbroken, tmp_path, before, after):
+    ended = launch(inputs, tmp_path, before, 4 // before, save_steps=4, die_at=4)
+    assert "found a broken image" in ended.stderr
+    resumed = launch(inputs, tmp_path, after, 4 // after, save_strategy="no", resumed=str(tmp_path / "checkpoint-4"))
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    losses = [entry["loss"] for entry in history(unbroken)]
+    assert [entry["loss"] for entry in history(tmp_path)] == pytest.approx(losses, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("killed", "cause"), [(False, "found a broken image"), pytest.param(True, "SIGKILL", marks=pytest.mark.slow)]
 )

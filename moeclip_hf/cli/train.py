@@ -1,5 +1,6 @@
 """`moeclip train`: from a plain CLIP and a data set with masks to a checkpoint."""
 
+import os
 import sys
 from dataclasses import fields
 from enum import Enum
@@ -12,7 +13,7 @@ from moeclip_hf.errors import MoECLIPError
 
 _MODEL_SETTINGS = frozenset({
     "num_experts", "num_experts_per_tok", "lora_rank", "lora_alpha", "use_fofs", "moe_layers", "feature_layers",
-    "aggregation_sizes", "shared_projections",
+    "aggregation_sizes", "shared_projections", "projection_activation", "image_feature_layer",
 })  # fmt: skip
 _LISTS = ("halve_at", "moe_layers", "feature_layers", "aggregation_sizes")
 
@@ -102,6 +103,8 @@ def train(
     feature_layers: Annotated[str | None, _model("Taps, counted from 1, with commas.")] = None,
     aggregation_sizes: Annotated[str | None, _model("Windows of patch averages, with commas.")] = None,
     shared_projections: Annotated[bool | None, _model("One projection a tap.")] = None,
+    projection_activation: Annotated[str | None, _model("Activation behind the projections of patches.")] = None,
+    image_feature_layer: Annotated[int | None, _model("Tap that the image embedding is made from.")] = None,
     image_size: Annotated[int | None, _model("Pixels that images are resized to.")] = None,
     max_steps: Annotated[int, _run("End after so many steps, whatever the epochs; -1 for never.")] = -1,
     seed: Annotated[int, _run("Decides on everything random.")] = 0,
@@ -116,7 +119,14 @@ def train(
     activation_checkpointing: Annotated[
         bool, _precision("Compute blocks again in the backward pass.", "--activation-checkpointing")
     ] = False,
-    precision: Annotated[Precision, _precision("Type of the forward pass.")] = Precision.no,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(
+            help="Type of the forward pass.",
+            show_default="the launcher's, or else no",
+            rich_help_panel="Memory and precision",
+        ),
+    ] = None,
 ) -> None:
     """Train MoECLIP's parts over a frozen CLIP.
 
@@ -130,6 +140,8 @@ def train(
     from moeclip_hf.training import RECIPES, get_recipe, start_model, training_arguments
     from moeclip_hf.training import train as run_training
 
+    if precision is not None:  # goes before what `accelerate launch` was configured with
+        os.environ["ACCELERATE_MIXED_PRECISION"] = precision.value
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     given |= {name: _numbers(name, given[name]) for name in _LISTS if name in given}

@@ -120,8 +120,10 @@ class FolderLayout:
         for images, label in sorted(labelled):
             masks = self._masks_by_stem(folder, images.name) if label else {}
             for image in list_images(images):
-                mask = masks.get(image.stem) or masks.get(f"{image.stem}_mask")
-                yield Sample(name, image, label, mask)
+                found = [masks[stem] for stem in (image.stem, f"{image.stem}_mask") if stem in masks]
+                if len(found) > 1:
+                    raise _two_masks(*found)
+                yield Sample(name, image, label, found[0] if found else None)
 
     def _anomalous_folders(self, folder: Path) -> list[Path]:
         if "{defect}" not in self.anomalous:
@@ -135,9 +137,13 @@ class FolderLayout:
         masks: dict[str, Path] = {}
         for mask in list_images(folder / self.masks.format(defect=defect)):
             if mask.stem in masks:
-                raise DatasetError(f"two masks for one image, remove one: {masks[mask.stem]} and {mask}")
+                raise _two_masks(masks[mask.stem], mask)
             masks[mask.stem] = mask
         return masks
+
+
+def _two_masks(first: Path, second: Path) -> DatasetError:
+    return DatasetError(f"two masks for one image, remove one: {first} and {second}")
 
 
 @dataclass(frozen=True)

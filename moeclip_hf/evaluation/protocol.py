@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from moeclip_hf.evaluation.checkpointing import ScoredBatches
 from moeclip_hf.evaluation.results import EvaluationResult, GroupResult
 from moeclip_hf.evaluation.scoring import Batch, ScoredBatch, Size, plan_batches, score_batches
 from moeclip_hf.evaluation.tally import Tally
+from moeclip_hf.stored_weights import digest_weights
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -163,15 +163,7 @@ def _all_gather(item: Item) -> list[Item]:
 
 def weights_digest(pretrained: Pretrained) -> str:
     """Tells checkpoints apart, as they are computed with: a digest of all weights."""
-
-    def digest(named: tuple[str, torch.Tensor]) -> bytes:
-        name, tensor = named
-        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        return hashlib.sha256(name.encode() + b"\0" + hashlib.sha256(values).digest()).digest()
-
-    with ThreadPoolExecutor() as threads:  # hashing leaves other threads to run
-        digests = threads.map(digest, sorted(pretrained.model.state_dict().items()))
-        return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+    return digest_weights(pretrained.model.state_dict())
 
 
 def provenance(pretrained: Pretrained) -> dict[str, Any]:

@@ -25,8 +25,9 @@ class TrainingMonitor(TrainerCallback):
     - `images_per_second`: of all processes.
     - `expert_load/block_<b>/<expert>`: share of the tokens' k choices that fell on an expert.
     - `expert_cosine`: mean cosine between the outputs of two experts, over pairs, tokens and layers, -1 to 1.
-    - `expert_grad_norm`: of all B, before clipping, in the last step.
-    - `expert_drift`: 1 minus the cosine between all B and where they started, 0 to 2; from zero, their length.
+    - `expert_grad_norm`: of all B in the last step; the trainer logs it as it was before clipping.
+    - `expert_drift`: 1 minus the cosine between all B and where they started or, from zero, where the first step of
+      this process has put them, 0 to 2.
 
     Args:
         model ([`MoECLIPModel`]): watched through hooks on its experts.
@@ -77,6 +78,10 @@ class TrainingMonitor(TrainerCallback):
         weights = [layer.lora_B for layer in self.experts]
         self.grad_norm = _length([weight.grad for weight in weights if weight.grad is not None])
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not any(weight.any() for weight in self.start):
+            self.start = [_whole(layer.lora_B.detach()).clone() for layer in self.experts]
+
     def collect(self, accelerator: "Accelerator") -> dict[str, float]:
         """Figures since the last call, over all processes, every one of which must call it."""
         figures = {name: total / self.steps for name, total in self.terms.items()}
@@ -101,7 +106,7 @@ class TrainingMonitor(TrainerCallback):
         start = [weight.cpu() for weight in self.start]
         norms = _length(weights) * _length(start)
         if not norms:
-            return _length(weights)
+            return 0.0
         return 1 - sum(float((a * b).sum()) for a, b in zip(weights, start, strict=True)) / norms
 
 

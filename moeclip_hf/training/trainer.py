@@ -25,10 +25,12 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from moeclip_hf.data.records import digest_rows
 from moeclip_hf.errors import CheckpointError, MoECLIPError
+from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 from moeclip_hf.modeling.moe_lora import load_variation
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
 from moeclip_hf.pretrained import is_hub_id
+from moeclip_hf.stored_weights import MOECLIP_PARTS, digest_weights
 from moeclip_hf.training.monitor import TrainingMonitor
 from moeclip_hf.training.recipes import Recipe, describe_recipe
 from moeclip_hf.training.samples import EpochSampler, TrainingSamples, derive_seed
@@ -116,6 +118,7 @@ class MoECLIPTrainer(Trainer):
         self.moeclip = model.freeze_backbone()
         self.output_dir = Path(str(args.output_dir))
         self.own_weights = own_weights(model)
+        self.model_settings = describe_model(model, processor)
         self.experts = list(model.moe_layers)
         self.coefficients = {"etf": model.config.etf_loss_coef, "balance": model.config.router_aux_loss_coef}
         for number, layer in enumerate(self.experts):
@@ -128,6 +131,9 @@ class MoECLIPTrainer(Trainer):
             train_dataset=samples,
             callbacks=[_EpochCallback(self.sampler), self.monitor],
         )
+        self.settings["precision"] = self.accelerator.mixed_precision
+        if self.accelerator.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
+            raise MoECLIPError("fp16 takes a GPU: on a CPU train in bf16 (--precision bf16), or in float32.")
         # The terms are means over a batch: of accumulated batches each counts by its share.
         self.loss_is_scaled_for_ga = False
         self.prompt_features, self.prompt_groups = self._compute_prompt_features(samples.prompt_names)
@@ -199,6 +205,11 @@ class MoECLIPTrainer(Trainer):
         """Log what the trainer tells and, beside a step's loss, what the monitor has seen since the last time."""
         if "loss" in logs:
             logs |= self.monitor.collect(self.accelerator)
+            if self.recipe.learning_rate and "learning_rate" in logs:
+                speed = self.recipe.expert_learning_rate / self.recipe.learning_rate
+                logs["expert_learning_rate"] = speed * logs["learning_rate"]
+            if self.args.max_grad_norm and "expert_grad_norm" in logs:  # seen after all gradients were scaled alike
+                logs["expert_grad_norm"] *= max(1.0, logs["grad_norm"] / self.args.max_grad_norm)
         super().log(logs, start_time)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -334,13 +345,14 @@ class MoECLIPTrainer(Trainer):
         weights = {name: state[name].detach().cpu().contiguous() for name in self.own_weights}
         save_file(weights, folder / TRAINED_WEIGHTS, metadata={"format": "pt"})
         self.processor.save_pretrained(folder)
-        _write_json(folder / RECIPE_FILE, self.settings)
+        _write_json(folder / RECIPE_FILE, self.settings | {"model": self.model_settings})
 
     def is_done(self, checkpoint: str) -> bool:
         """Whether a checkpoint was saved at this run's last step; the trainer would take one more."""
         steps = self.args.max_steps
         if steps <= 0:
-            steps_per_epoch = len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps
+            batches = len(self.get_train_dataloader())
+            steps_per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
             steps = math.ceil(self.args.num_train_epochs * steps_per_epoch)
         return _saved_state(checkpoint).global_step >= steps
 
@@ -351,14 +363,15 @@ class MoECLIPTrainer(Trainer):
         self.state.is_world_process_zero = self.is_world_process_zero()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load MoECLIP's own parts; refuse a checkpoint of another recipe."""
+        """Load MoECLIP's own parts; refuse a checkpoint of another recipe or model."""
         folder = Path(resume_from_checkpoint)
         try:
             weights = load_file(folder / TRAINED_WEIGHTS)
             saved = json.loads((folder / RECIPE_FILE).read_text())
-        except (OSError, ValueError, SafetensorError) as error:
+            saved |= saved.pop("model", {})
+        except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: cannot be resumed from: {error}") from error
-        for name, value in self.settings.items():
+        for name, value in (self.settings | self.model_settings).items():
             if name not in _MAY_CHANGE and saved.get(name) != value:
                 raise CheckpointError(f"{folder}: was trained with {name} {saved.get(name)}, not {value}.")
         if set(weights) != self.own_weights:
@@ -389,8 +402,17 @@ def _saved_state(checkpoint: str) -> TrainerState:
 
 def own_weights(model: MoECLIPModel) -> set[str]:
     """Names of what a checkpoint must hold beside the CLIP: all that trains, and the frozen projections of FOFS."""
-    parts = ("moe_layers.", "text_adapter.", "patch_projection.", "depthwise_adapter.")
-    return {name for name in model.state_dict() if name.startswith(parts)}
+    return {name for name in model.state_dict() if name.startswith(MOECLIP_PARTS)}
+
+
+def describe_model(model: MoECLIPModel, processor: MoECLIPProcessor) -> dict[str, Any]:
+    """What stays as it is when a run is resumed: the settings of MoECLIP's parts, the input's size, and the CLIP."""
+    clip = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(MOECLIP_PARTS)}
+    settings = {name: getattr(model.config, name) for name in MoECLIPConfig.__annotations__}
+    return settings | {
+        "image_size": dict(processor.image_processor.size),
+        "clip": f"digest {digest_weights(clip)[:12]}",
+    }
 
 
 def global_balance_loss(router_logits: torch.Tensor) -> torch.Tensor:
