@@ -220,7 +220,7 @@ def digest_weights(tensors: Mapping[str, torch.Tensor]) -> str:
     def digest(named: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = named
         values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        return hashlib.sha256(name.encode() + b"\0" + hashlib.sha256(values).digest()).digest()
+        return hashlib.sha256(name.encode() + b"\0" + hashlib.sha256(values.data).digest()).digest()
 
     with ThreadPoolExecutor() as threads:  # hashing leaves other threads to run
         digests = threads.map(digest, sorted(tensors.items()))
