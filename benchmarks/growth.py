@@ -31,7 +31,7 @@ from benchmarks.alternating import alternate
 from benchmarks.forward import bare_tower, random_model
 from benchmarks.plain_training import PlainMoECLIP
 from benchmarks.report import Report, argument_parser, publish
-from benchmarks.training_step import GOALS_UNDER, apart, resident_bytes, training_side
+from benchmarks.training_step import TIME_GOAL_UNDER, apart, resident_bytes, training_side
 from moeclip_hf import MoECLIPModel, MoECLIPProcessor
 from moeclip_hf.data.textures import render
 from moeclip_hf.metrics import AnomalyMetrics
@@ -121,7 +121,9 @@ def vary(name: str, rounds: int) -> Report:
     models = [{quantity.model: value} for value in quantity.values] if quantity.model else [{}]
     batches = [BATCH | {quantity.batch: value} for value in quantity.values] if quantity.batch else [BATCH]
     measured = [
-        seconds for config in models for seconds in apart(time_batches, config, batches, rounds, allocator=GOALS_UNDER)
+        seconds
+        for config in models
+        for seconds in apart(time_batches, config, batches, rounds, allocator=TIME_GOAL_UNDER)
     ]
     rows = [[name, *(f"{side}, s" for side in SIDES)]]
     for value, seconds in zip(quantity.values, measured, strict=True):
