@@ -2,6 +2,9 @@ import os
 
 # Before torch: several small tests side by side are quicker on one thread each, and a Hub must never be asked.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# The same bits wherever numbers lie in memory, which tests of exactness compare: by itself MKL rounds matrix products
+# otherwise on some processors when the weights come from a file.
+os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 

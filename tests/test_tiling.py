@@ -70,7 +70,7 @@ def test_tiles_reach_both_ends_and_overlap_as_much_as_asked_for(length, tile, ov
 class SameAllOverATile:
     """A model of 40 x 40 pixels whose logits, the same in all of a tile, are told by the tile's number."""
 
-    device, dtype = torch.device("cpu"), torch.float32
+    device, dtype, training = torch.device("cpu"), torch.float32, False
 
     def __init__(self, logits_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.logits_of, self.seen = logits_of, 0
