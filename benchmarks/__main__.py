@@ -21,6 +21,7 @@ from moeclip_hf.evaluation.results import markdown_table
 SUITE: dict[str, tuple[str, ...]] = {
     "forward": ("forward", "--images", "1", "4"),
     "moe_layer": ("moe_layer",),
+    "alternatives": ("alternatives",),
     "training_step": ("training_step", "--memory"),
     "preprocessing": ("preprocessing",),
     "metrics": ("metrics",),

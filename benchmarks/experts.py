@@ -167,7 +167,6 @@ def run(variant: str, seed: int, steps: int, batch_size: int, image_size: int | 
         samples = TrainingSamples(load_folder(folder / "seen"), processor, recipe.augment, seed)
         trainer = MoECLIPTrainer(model, args, samples, processor, recipe)
         trainer.train()
-        model.eval()
         unseen = load_folder(folder / "unseen")
         trained = evaluate(Pretrained(model, processor), unseen).metrics
         for layer in model.moe_layers:

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import random_anchors, tiny_model
-from training_runs import write_folder, write_plain_clip
+from training_runs import interrupt_second_step, write_folder, write_plain_clip
 
 from examples import ablation, ablation_report
 from moeclip_hf.explanation import explain
 from moeclip_hf.pretrained import Pretrained
-from moeclip_hf.training import RECIPES, MoECLIPTrainer, get_recipe, start_model
+from moeclip_hf.training import RECIPES, get_recipe, start_model
 
 
 def call(monkeypatch, *arguments):
@@ -179,17 +179,8 @@ def test_experts_learn_at_the_rate_given_or_at_the_recipes_ratio_to_the_other(mo
 
 
 def test_a_training_that_was_cut_short_goes_on_from_its_last_checkpoint(finished, another, monkeypatch, tmp_path):
-    steps = []
-    training_step = MoECLIPTrainer.training_step
-
-    def step(trainer, *args):
-        steps.append(trainer.state.global_step)
-        if steps == [0, 1]:
-            raise KeyboardInterrupt
-        return training_step(trainer, *args)
-
+    steps = interrupt_second_step(monkeypatch)
     monkeypatch.setattr(ablation, "SAVE_STEPS", 1)
-    monkeypatch.setattr(MoECLIPTrainer, "training_step", step)
     with pytest.raises(KeyboardInterrupt):
         call(monkeypatch, *another)
     call(monkeypatch, *another)

@@ -117,7 +117,10 @@ def test_a_model_that_was_left_in_training_mode_is_evaluated_without_dropout(pre
     expected = evaluate(pretrained, rows, image_size=EDGE)
     pretrained.model.train()
     assert evaluate(pretrained, rows, image_size=EDGE).metrics == expected.metrics
-    assert not pretrained.model.training
+    inputs = torch.randn(2, 3, EDGE, EDGE), pretrained.encode_class("wood")
+    maps, _ = pretrained.patch_maps(*inputs)
+    pretrained.model.train()
+    assert torch.equal(pretrained.patch_maps(*inputs)[0], maps)
 
 
 def test_undefined_figures_are_none_and_left_out_of_means(pretrained, benchmarks):

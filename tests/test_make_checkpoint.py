@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from scipy import ndimage
-from training_runs import write_folder, write_plain_clip
+from training_runs import interrupt_second_step, write_folder, write_plain_clip
 
 from benchmarks import experts
 from examples import checkpoint_card, make_checkpoint
@@ -18,7 +18,7 @@ from moeclip_hf.data.textures import TOLERANCE, add_defect
 from moeclip_hf.data.textures.splits import VALIDATION_FAMILIES
 from moeclip_hf.metrics import AnomalyMetrics
 from moeclip_hf.pretrained import load_pretrained
-from moeclip_hf.training import MoECLIPTrainer, get_recipe, start_model
+from moeclip_hf.training import get_recipe, start_model
 
 NAME = make_checkpoint.EMBEDDED_CHECKPOINT.name
 
@@ -106,16 +106,7 @@ def test_checkpoint_takes_its_name_once_it_is_calibrated(made, tmp_path, monkeyp
 
 def test_training_that_was_cut_off_goes_on_from_its_last_checkpoint(made, tmp_path, monkeypatch, command):
     root = shutil.copytree(made, tmp_path / "cut", ignore=shutil.ignore_patterns("trained"))
-    steps = []
-    training_step = MoECLIPTrainer.training_step
-
-    def step(trainer, *args):
-        steps.append(trainer.state.global_step)
-        if steps == [0, 1]:
-            raise KeyboardInterrupt
-        return training_step(trainer, *args)
-
-    monkeypatch.setattr(MoECLIPTrainer, "training_step", step)
+    steps = interrupt_second_step(monkeypatch)
     monkeypatch.setattr(make_checkpoint, "run", lambda module, *words: command(*map(str, words)))
     make_checkpoint.make(root)
     assert not (root / "trained" / "config.json").exists()

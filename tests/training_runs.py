@@ -59,6 +59,21 @@ def tiny_trainer(clip: Path, rows: Any, output_dir: Path, recipe: Recipe | None 
     return MoECLIPTrainer(model, args, TrainingSamples(rows, processor, recipe.augment, args.seed), processor, recipe)
 
 
+def interrupt_second_step(monkeypatch: Any) -> list[int]:
+    """Cut the next training off in its second step, once; the steps that are taken from now on, as they are taken."""
+    steps: list[int] = []
+    training_step = MoECLIPTrainer.training_step
+
+    def step(trainer: MoECLIPTrainer, *args: Any) -> Any:
+        steps.append(trainer.state.global_step)
+        if steps == [0, 1]:
+            raise KeyboardInterrupt
+        return training_step(trainer, *args)
+
+    monkeypatch.setattr(MoECLIPTrainer, "training_step", step)
+    return steps
+
+
 def logged(trainer: MoECLIPTrainer, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
