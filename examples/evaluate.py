@@ -11,9 +11,10 @@ from pathlib import Path
 
 from moeclip_hf.data import load_data
 from moeclip_hf.evaluation import evaluate, write_reports
-from moeclip_hf.evaluation.protocol import join_processes, provenance
+from moeclip_hf.evaluation.protocol import provenance
 from moeclip_hf.evaluation.results import dataset_table
 from moeclip_hf.pretrained import load_pretrained
+from moeclip_hf.processes import join_processes, leave_processes
 
 
 def main() -> None:
@@ -34,6 +35,7 @@ def main() -> None:
         for cells in dataset_table(result):
             print(" ".join(f"{cell:>13}" for cell in cells))
         print(f"Written to {args.output_dir}")
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ from examples.captioned_textures import (
 from moeclip_hf.cli.progress import progress_bar
 from moeclip_hf.conversion.tokenizer import tokenizer_from_merges
 from moeclip_hf.data.textures.splits import SEEN_DEFECTS
+from moeclip_hf.processes import leave_processes
 
 TEXT_LENGTH = 32
 NUM_BYTE_TOKENS = 512  # each byte, within a word and at its end
@@ -321,6 +322,7 @@ def main() -> None:
         side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
         images = CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False)
         CLIPProcessor(images, tokenizer).save_pretrained(args.output_dir)
+    leave_processes()
 
 
 if __name__ == "__main__":

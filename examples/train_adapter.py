@@ -87,6 +87,7 @@ def main() -> None:
         processor.save_pretrained(args.output)
         size = (args.output / "adapter_model.safetensors").stat().st_size / 1e6
         accelerator.print(f"{args.output}: an adapter of {size:.1f} MB")
+    accelerator.end_training()  # leaves the other processes
 
 
 if __name__ == "__main__":

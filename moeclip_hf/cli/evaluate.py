@@ -72,8 +72,9 @@ def evaluate(
     from moeclip_hf.evaluation import evaluate as run_evaluation
     from moeclip_hf.evaluation import write_reports
     from moeclip_hf.evaluation.pictures import require_matplotlib, write_pictures
-    from moeclip_hf.evaluation.protocol import join_processes, provenance
+    from moeclip_hf.evaluation.protocol import provenance
     from moeclip_hf.pretrained import load_pretrained
+    from moeclip_hf.processes import join_processes, leave_processes
 
     logging.disable_progress_bar()
     is_main = join_processes()
@@ -101,6 +102,7 @@ def evaluate(
                 _print_result(result)
     if is_main:
         _finish(results, provenance(pretrained), output_dir, as_json)
+    leave_processes()
 
 
 def _read_data_sets(

@@ -137,6 +137,7 @@ def train(
 
     from moeclip_hf.data import load_data
     from moeclip_hf.pretrained import is_hub_id
+    from moeclip_hf.processes import leave_processes
     from moeclip_hf.training import RECIPES, get_recipe, start_model, training_arguments
     from moeclip_hf.training import train as run_training
 
@@ -173,6 +174,7 @@ def train(
     run_training(model, processor, rows, chosen, args, resume, hub_id, skip_unreadable)
     if args.process_index == 0:
         typer.echo(f"Trained model written to {output_dir}; try: moeclip predict IMAGES --model {output_dir}")
+    leave_processes()
 
 
 def _numbers(name: str, text: str) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from moeclip_hf.evaluation.checkpointing import ScoredBatches
 from moeclip_hf.evaluation.results import EvaluationResult, GroupResult
 from moeclip_hf.evaluation.scoring import Batch, ScoredBatch, Size, plan_batches, score_batches
 from moeclip_hf.evaluation.tally import Tally
+from moeclip_hf.processes import process_rank
 from moeclip_hf.stored_weights import digest_weights
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def evaluate(
         UnreadableImageError: naming the first image that cannot be read.
         MoECLIPError: if `resume_dir` holds an evaluation of other settings.
     """
-    rank, num_processes = _process()
+    rank, num_processes = process_rank()
     is_main = rank == 0
     dataset, domain = (_only(rows, column) for column in ("dataset", "domain"))
     size = _image_size(pretrained, image_size)
@@ -134,26 +134,9 @@ def _gathered(mine: Iterator[ScoredBatch], rounds: int) -> Iterator[ScoredBatch]
         yield from (batch for batch in _all_gather(next(mine, None)) if batch is not None)
 
 
-def join_processes() -> bool:
-    """Join the processes that `accelerate launch` started, if any; whether this is the main or the only one."""
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    return _process()[0] == 0
-
-
-def _process() -> tuple[int, int]:
-    """Rank of this process, and their number."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
 def _all_gather(item: Item) -> list[Item]:
     """Every process's item, by rank."""
-    _, num_processes = _process()
+    _, num_processes = process_rank()
     if num_processes == 1:
         return [item]
     items: list[Any] = [None] * num_processes
