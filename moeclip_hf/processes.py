@@ -1,4 +1,4 @@
-"""The processes that `accelerate launch` started: one joins the others before work, and leaves them when it is done."""
+"""The processes that `accelerate launch` started: one joins the others before work, and leaves them at its end."""
 
 from __future__ import annotations
 
