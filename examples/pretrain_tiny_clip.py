@@ -15,6 +15,7 @@ import argparse
 import gzip
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ from transformers import (
     set_seed,
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from examples.captioned_textures import (
     COLOURS,
@@ -277,6 +279,14 @@ class PretrainingTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
+def last_whole_checkpoint(run: Path) -> str | None:
+    """The newest checkpoint of a run. One that a kill cut short lacks the trainer's state, written last, and goes."""
+    for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if not (folder / TRAINER_STATE_NAME).is_file():
+            shutil.rmtree(folder)
+    return get_last_checkpoint(str(run)) if run.is_dir() else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/tiny-clip"))
@@ -316,7 +326,7 @@ def main() -> None:
         data_collator=Collator(tokenizer),
         train_dataset=CaptionedTextures(pictures, args.max_steps * args.batch_size, args.seed),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run)) if run.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(run))
     if trainer.is_world_process_zero():
         model.clip.save_pretrained(args.output_dir)
         side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}

@@ -149,10 +149,13 @@ def test_command_pretrains_goes_on_after_a_cut_and_writes_a_clip(tmp_path, monke
     cut = tmp_path / "cut" / "run"
     cut.mkdir(parents=True)
     (tmp_path / "unbroken" / "run" / "checkpoint-2").rename(cut / "checkpoint-2")
+    (cut / "checkpoint-3").mkdir()  # killed while it was written: weights, and no state yet
+    (cut / "checkpoint-3" / "model.safetensors").write_bytes(b"half")
     pretrain(tmp_path / "cut", "--max-steps", "4")
     weights, again = (load_file(tmp_path / run / "model.safetensors") for run in ("unbroken", "cut"))
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     steps = json.loads((cut / "checkpoint-4" / "trainer_state.json").read_text())["global_step"]
     assert steps == 4
+    assert not (cut / "checkpoint-3").exists()
     clip, tokenizer = CLIPModel.from_pretrained(tmp_path / "cut"), AutoTokenizer.from_pretrained(tmp_path / "cut")
     assert clip.config.text_config.eos_token_id == tokenizer.eos_token_id
