@@ -71,6 +71,7 @@ class Pretrained(NamedTuple):
 
     def encode_class(self, class_name: str) -> torch.Tensor:
         """Anchors of one class, (1, 2, D)."""
+        self.model.eval()  # a trainer leaves it in training mode
         try:
             prompts = self.processor(text=[class_name], return_tensors="pt").to(self.model.device)
         except ValueError as error:

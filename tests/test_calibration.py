@@ -16,6 +16,7 @@ from moeclip_hf.calibration import (
     calibrate_from_labels,
     calibrate_from_normal,
     conformal_threshold,
+    normal_images,
     score_for_calibration,
 )
 from moeclip_hf.cli import app
@@ -134,6 +135,15 @@ def test_what_is_scored_is_what_predict_gives(pretrained, tmp_path):
     assert np.allclose(
         np.sort(np.concatenate([np.repeat(t.scores, t.pixels) for t in tables])), np.sort(values), atol=1e-5
     )
+
+
+def test_a_model_in_training_mode_is_calibrated_as_in_use(pretrained, normal_folder):
+    rows = normal_images(find_images([normal_folder])[:3], "object")
+    scored = score_for_calibration(pretrained, rows)
+    pretrained.model.train()
+    again = score_for_calibration(pretrained, rows)
+    assert (again.scores, again.map_maxima) == (scored.scores, scored.map_maxima)
+    assert not pretrained.model.training
 
 
 def test_a_calibrated_copy_calls_the_promised_share_anomalous(normal_folder, tmp_path):

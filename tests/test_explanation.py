@@ -74,6 +74,13 @@ def test_scores_and_maps_are_those_of_a_prediction(pretrained, inputs, explanati
     assert explanation.is_anomalous is expected["is_anomalous"]
 
 
+def test_a_model_in_training_mode_is_explained_as_in_use(pretrained, explanation):
+    pretrained.model.train()
+    again = explain(pretrained, IMAGE, "wire mesh")
+    assert not pretrained.model.training
+    assert again.score == explanation.score and np.array_equal(again.anomaly_map, explanation.anomaly_map)
+
+
 def test_blocks_are_counted_from_1_and_maps_have_the_grid_of_patches(explanation):
     assert [layer.block for layer in explanation.layers] == [2, 4, 6, 8]
     for layer in explanation.layers:

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import runpy
+import shutil
 import struct
 import subprocess
 import sys
@@ -13,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_runs import write_folder, write_plain_clip
 from typer.testing import CliRunner
 
 from moeclip_hf.cli import app
 from moeclip_hf.data import load_folder
-from moeclip_hf.errors import MoECLIPError
+from moeclip_hf.errors import CheckpointError, MoECLIPError
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
 from moeclip_hf.training import get_recipe, start_model
 
@@ -110,6 +111,29 @@ def test_fresh_start_keeps_the_clip_of_a_moeclip_and_nothing_else():
     assert not torch.equal(model.text_adapter.projection.weight, stored["text_adapter.projection.weight"].float())
     # Those of the checkpoint were calibrated on what it scored.
     assert processor.image_threshold == processor.pixel_threshold == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("moe_layers", [0, 1, 3, 5, 7]), ("moe_layers", [1, 3]), ("feature_layers", [4, 8]), ("num_experts", 2),
+        ("lora_rank", 4), ("use_fofs", False), ("image_feature_layer", 4),
+    ],
+)  # fmt: skip
+def test_trained_parts_go_on_where_they_were_trained_or_not_at_all(name, value):
+    """Else experts of other blocks would start from nothing, or one tap's projection serve another, without a word."""
+    with pytest.raises(CheckpointError, match=f"{name} .*, not .*--fresh"):
+        start_model("embedded", get_recipe("paper"), **{name: value})
+
+
+def test_a_moeclip_without_some_of_its_trained_parts_is_refused(tmp_path):
+    shutil.copytree(EMBEDDED_CHECKPOINT, tmp_path / "damaged")
+    weights = load_file(EMBEDDED_CHECKPOINT / "model.safetensors")
+    del weights["moe_layers.0.lora_B"]
+    save_file(weights, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks 1 of its weights \(moe_layers.0.lora_B"):
+        start_model(tmp_path / "damaged", get_recipe("paper"))
+    start_model(tmp_path / "damaged", get_recipe("paper"), fresh=True)
 
 
 def test_tracker_that_is_not_installed_is_named_before_the_run(tmp_path, tokenizer, monkeypatch):

@@ -64,6 +64,20 @@ def test_resumed_run_repeats_the_losses_and_weights_of_an_unbroken_one(clip, row
         assert torch.equal(resumed.moeclip.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("settings", [{"logging_steps": 1}, {"logging_steps": 100}])
+def test_a_run_that_diverges_ends_and_keeps_its_last_finite_checkpoint(clip, rows, tmp_path, settings):
+    recipe = get_recipe("paper-literal", batch_size=4, num_epochs=2, learning_rate=1e30, expert_learning_rate=1e30)
+    trainer = tiny_trainer(clip, rows, tmp_path, recipe, save_steps=1, save_total_limit=1, **settings)
+    with pytest.raises(MoECLIPError, match="at step 2 the weights are not finite any more"):
+        trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    saved = load_file(tmp_path / "checkpoint-1" / "trained.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    with pytest.raises(MoECLIPError, match="not finite"):
+        trainer.save_model()
+    assert not (tmp_path / "config.json").exists()
+
+
 def test_a_finished_run_that_is_resumed_trains_no_further(clip, rows, tmp_path):
     recipe = get_recipe("paper", num_epochs=1)
     outputs = []

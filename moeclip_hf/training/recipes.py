@@ -6,6 +6,7 @@ are. `released` is what the public code does.
 `docs/training.md` shows what was measured for each difference.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -60,6 +61,9 @@ class Recipe:
     hidden_act: str | None = None
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, (int, float)) and not math.isfinite(value):
+                raise MoECLIPError(f"{name} ({value}) must be finite.")
         for name in ("num_epochs", "batch_size", "adam_epsilon"):
             if getattr(self, name) <= 0:
                 raise MoECLIPError(f"{name} ({getattr(self, name)}) must be more than 0.")

@@ -38,6 +38,12 @@ UNREADABLE_FILE = "unreadable.txt"
 
 _NAMED = 10
 
+# What a trained part was made for; other settings, as lambda or how many experts see a token, may change.
+_PARTS_SETTINGS = (
+    "moe_layers", "num_experts", "lora_rank", "use_fofs",
+    "feature_layers", "image_feature_layer", "shared_projections",
+)  # fmt: skip
+
 
 def start_model(
     clip: str | PathLike[str],
@@ -63,14 +69,18 @@ def start_model(
         the model in float32 and its processor.
 
     Raises:
-        CheckpointError: it cannot be loaded, or lacks weights of its CLIP.
+        CheckpointError: it cannot be loaded; it lacks weights, of a plain CLIP or with `fresh` those of the CLIP; or
+            it is to go on with other blocks, taps, experts or projections than its parts were trained for.
     """
     source = str(EMBEDDED_CHECKPOINT) if clip == "embedded" else str(clip)
     set_seed(seed)
     try:
         folder = fetch_clip(source)
         settings = apply_recipe(MoECLIPConfig.from_pretrained(folder, **config), recipe)
-        check_weights(source, read_headers(folder), MoECLIPModel, settings, MOECLIP_PARTS)
+        goes_on = not fresh and _is_moeclip(folder)
+        if goes_on:
+            _refuse_other_parts(MoECLIPConfig.from_pretrained(folder), settings)
+        check_weights(source, read_headers(folder), MoECLIPModel, settings, () if goes_on else MOECLIP_PARTS)
         loaded: Any = MoECLIPModel.from_pretrained(
             source,
             config=settings,
@@ -85,9 +95,10 @@ def start_model(
         raise CheckpointError(f"{source}: cannot be loaded to train on: {reason}") from error
     model, report = loaded
     own = own_weights(model)
-    lacking = sorted(set(report["missing_keys"]) - own)
+    lacking = sorted(set(report["missing_keys"]) - (set() if goes_on else own))
     if lacking:
-        raise CheckpointError(f"{source}: lacks {len(lacking)} of CLIP's weights ({lacking[0]}, ...).")
+        whose = "its" if goes_on else "CLIP's"
+        raise CheckpointError(f"{source}: lacks {len(lacking)} of {whose} weights ({lacking[0]}, ...).")
     refuse_non_finite(source, model.state_dict())
     if fresh:
         set_seed(seed)
@@ -96,16 +107,31 @@ def start_model(
         model = MoECLIPModel(settings).float()
         model.load_state_dict(clip_weights, strict=False)
         model.name_or_path = source
-    if fresh or any(name.startswith("moe_layers.") for name in report["missing_keys"]):
+    if not goes_on:
         draw_experts(model, recipe, seed)
     return model, processor
+
+
+def _is_moeclip(source: str | PathLike[str]) -> bool:
+    stored, _ = PreTrainedConfig.get_config_dict(source)
+    return stored["model_type"] == MoECLIPConfig.model_type
+
+
+def _refuse_other_parts(stored: MoECLIPConfig, wanted: MoECLIPConfig) -> None:
+    """Refuse to go on from parts that were trained for other places or shapes: they would be lost, or misused."""
+    names = _PARTS_SETTINGS if wanted.shared_projections else (*_PARTS_SETTINGS, "aggregation_sizes")
+    other = [name for name in names if getattr(stored, name) != getattr(wanted, name)]
+    if other:
+        listed = "; ".join(f"{name} {getattr(stored, name)}, not {getattr(wanted, name)}" for name in other)
+        raise CheckpointError(
+            f"its parts were trained with {listed}: leave that as it is, or draw new parts (--fresh)"
+        )
 
 
 def _load_processor(source: str, config: MoECLIPConfig, image_size: int | None) -> MoECLIPProcessor:
     """A MoECLIP's own processor; for a plain CLIP, its tokenizer, and images without crops."""
     vision: Any = config.vision_config
-    stored, _ = PreTrainedConfig.get_config_dict(source)
-    if image_size is None and stored["model_type"] == config.model_type:
+    if image_size is None and _is_moeclip(source):
         processor = MoECLIPProcessor.from_pretrained(source, trust_remote_code=False)
         # Thresholds were chosen on scores of the model as it was.
         processor.image_threshold = processor.pixel_threshold = 0.5

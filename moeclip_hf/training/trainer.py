@@ -30,7 +30,7 @@ from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 from moeclip_hf.modeling.moe_lora import load_variation
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
 from moeclip_hf.pretrained import is_hub_id
-from moeclip_hf.stored_weights import MOECLIP_PARTS, digest_weights
+from moeclip_hf.stored_weights import MOECLIP_PARTS, digest_weights, is_finite
 from moeclip_hf.training.monitor import TrainingMonitor
 from moeclip_hf.training.recipes import Recipe, describe_recipe
 from moeclip_hf.training.samples import EpochSampler, TrainingSamples, derive_seed
@@ -204,6 +204,8 @@ class MoECLIPTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log what the trainer tells and, beside a step's loss, what the monitor has seen since the last time."""
         if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                self._refuse_non_finite()
             logs |= self.monitor.collect(self.accelerator)
             if self.recipe.learning_rate and "learning_rate" in logs:
                 speed = self.recipe.expert_learning_rate / self.recipe.learning_rate
@@ -243,8 +245,24 @@ class MoECLIPTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
 
+    def _refuse_non_finite(self) -> None:
+        """
+        End a run that has diverged, before it takes the place of what it could be saved from.
+
+        A loss alone may not be finite where half precision leaves out the step.
+
+        Raises:
+            MoECLIPError: a weight is not finite.
+        """
+        if any(parameter.requires_grad and not is_finite(parameter) for parameter in self.moeclip.parameters()):
+            raise MoECLIPError(
+                f"{self.output_dir}: at step {self.state.global_step} the weights are not finite any more and are not "
+                "saved: train anew with a lower learning rate, or with max_grad_norm 1. Checkpoints before are kept."
+            )
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save what a run goes on from. The folder takes its name last: one that is there is whole."""
+        self._refuse_non_finite()
         with self._staged() as staging:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -265,11 +283,15 @@ class MoECLIPTrainer(Trainer):
 
         Args:
             output_dir (`str`, *optional*): that of the run by default.
+
+        Raises:
+            MoECLIPError: the weights are not finite, or cannot be written.
         """
         state = self._state_dict()
         if _internal_call:
             self._save_own_weights(Path(str(output_dir)), state)
             return
+        self._refuse_non_finite()
         target = Path(output_dir or self.output_dir)
         with self._staged() as staging:
             if self.args.should_save:
