@@ -75,19 +75,34 @@ def conformal_threshold(scores: ArrayLike, false_alarm_rate: float) -> float:
     Raises:
         MoECLIPError: if the rate is out of range, or if n < 1 / rate - 1: then s_(k) does not exist.
     """
+    ordered = np.sort(np.asarray(scores, dtype=np.float64))
+    rank = conformal_rank(len(ordered), false_alarm_rate)
+    return float(np.nextafter(np.float32(ordered[rank - 1]), np.float32(np.inf)))
+
+
+def conformal_rank(number: int, false_alarm_rate: float) -> int:
+    """
+    Which of so many normal scores a threshold stands on: k of [`conformal_threshold`], from 1 for the lowest.
+
+    Args:
+        number: n, of the normal images.
+        false_alarm_rate: over 0 and below 1.
+
+    Raises:
+        MoECLIPError: if the rate is out of range, or if n < 1 / rate - 1.
+    """
     if not 0 < false_alarm_rate < 1:
         raise MoECLIPError(f"the false-alarm rate must lie between 0 and 1, both excluded, not {false_alarm_rate}")
-    ordered = np.sort(np.asarray(scores, dtype=np.float64))
     # As written in decimals: 0.29 stands for 29/100, though its float, times 100, is below 29.
     rate = Fraction(str(float(false_alarm_rate)))
-    rank = math.ceil((len(ordered) + 1) * (1 - rate))
-    if rank > len(ordered):
+    rank = math.ceil((number + 1) * (1 - rate))
+    if rank > number:
         needed = math.ceil(1 / rate) - 1
         raise MoECLIPError(
             f"a false-alarm rate of {false_alarm_rate:g} takes at least {needed} normal images, and there are "
-            f"{len(ordered)}: add images, or allow a rate of at least {1 / (len(ordered) + 1):.3g}"
+            f"{number}: add images, or allow a rate of at least {1 / (number + 1):.3g}"
         )
-    return float(np.nextafter(np.float32(ordered[rank - 1]), np.float32(np.inf)))
+    return rank
 
 
 def calibrate_from_normal(
@@ -295,6 +310,7 @@ __all__ = [
     "best_f1_threshold",
     "calibrate_from_labels",
     "calibrate_from_normal",
+    "conformal_rank",
     "conformal_threshold",
     "copy_checkpoint",
     "normal_images",

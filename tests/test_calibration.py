@@ -1,6 +1,8 @@
 """Thresholds hold the false-alarm rate they promise, or the best F1 there is, and travel with the checkpoint."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,17 @@ def normal_folder(tmp_path_factory) -> Path:
     for number in range(30):
         grain = rng.normal(140, rng.uniform(2, 40), (40, 56, 1)).repeat(3, axis=2)
         Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(folder / f"{number:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """The embedded checkpoint, which here sees images of 64 px, a sixteenth of the work."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "small"
+    shutil.copytree(EMBEDDED_CHECKPOINT, folder)
+    settings = json.loads((folder / "processor_config.json").read_text())
+    settings["image_processor"]["size"] = {"height": 64, "width": 64}
+    (folder / "processor_config.json").write_text(json.dumps(settings))
     return folder
 
 
@@ -146,8 +159,9 @@ def test_a_model_in_training_mode_is_calibrated_as_in_use(pretrained, normal_fol
     assert not pretrained.model.training
 
 
-def test_a_calibrated_copy_calls_the_promised_share_anomalous(normal_folder, tmp_path):
-    result = run(normal_folder, "--class-name", "granite", "--false-alarm-rate", "0.2", "--output", tmp_path / "copy")
+def test_a_calibrated_copy_calls_the_promised_share_anomalous(normal_folder, checkpoint, tmp_path):
+    options = ("--class-name", "granite", "--false-alarm-rate", "0.2", "--model", checkpoint)
+    result = run(normal_folder, *options, "--output", tmp_path / "copy")
     assert result.exit_code == 0, result.output
     assert "at most 20.0% of normal images called anomalous" in result.stdout
     calibrated = load_pretrained(tmp_path / "copy", device="cpu")
@@ -155,14 +169,14 @@ def test_a_calibrated_copy_calls_the_promised_share_anomalous(normal_folder, tmp
     # Of 31 images 6 may; the new one may be one of them.
     assert sum(prediction.is_anomalous for prediction in predictions) == 5
     assert sum(bool(prediction.regions) for prediction in predictions) <= 5
-    for file in EMBEDDED_CHECKPOINT.iterdir():
+    for file in checkpoint.iterdir():
         same = (tmp_path / "copy" / file.name).read_bytes() == file.read_bytes()
         assert same == (file.name != "processor_config.json")
 
 
-def test_machines_get_the_thresholds_that_are_stored(normal_folder, tmp_path):
+def test_machines_get_the_thresholds_that_are_stored(normal_folder, checkpoint, tmp_path):
     rates = ("--false-alarm-rate", "0.1", "--pixel-false-alarm-rate", "0.2")
-    facts = json.loads(run(normal_folder, *rates, "--output", tmp_path / "a", "--json").stdout)
+    facts = json.loads(run(normal_folder, *rates, "--model", checkpoint, "--output", tmp_path / "a", "--json").stdout)
     stored = json.loads((tmp_path / "a" / "processor_config.json").read_text())
     assert facts["thresholds"] == {"image": stored["image_threshold"], "pixel": stored["pixel_threshold"]}
     assert (facts["normal_images"], facts["pixel_false_alarm_rate"]) == (30, 0.2)
@@ -191,10 +205,14 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(normal_folder, t
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     for error, arguments in (
-        (UnreadableImageError, (normal_folder, broken)),
-        (MoECLIPError, (normal_folder, "--false-alarm-rate", "0.01")),
+        (UnreadableImageError, (broken, normal_folder)),
+        (MoECLIPError, (normal_folder, "--false-alarm-rate", "0.01", "--model", "not/looked-for-yet")),
+        (MoECLIPError, (normal_folder, "--pixel-false-alarm-rate", "0.01", "--model", "not/looked-for-yet")),
     ):
-        assert isinstance(run(*arguments, "--output", tmp_path / "copy").exception, error)
+        raised = run(*arguments, "--output", tmp_path / "copy").exception
+        assert isinstance(raised, error) and re.match(
+            "a false-alarm rate of 0.01 takes at least 99|.*broken", str(raised)
+        )
         assert not (tmp_path / "copy").exists()
     out = ("--output", tmp_path / "copy")
     for usage in ((), out, (normal_folder,), (normal_folder, "--in-place"), (normal_folder, "--best-f1", *out)):

@@ -31,7 +31,7 @@ def calibrate(
         typer.Option(help="Folder of one's own with a folder a class, or of a benchmark.", rich_help_panel=_DATA),
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Benchmark in --data-dir, index file or Hub id.", rich_help_panel=_DATA)
+        str | None, typer.Option(help="Benchmark in --data-dir, index file, folder or Hub id.", rich_help_panel=_DATA)
     ] = None,
     classes: Annotated[
         str | None, typer.Option(help="With commas between.", show_default="all", rich_help_panel=_DATA)
@@ -61,6 +61,7 @@ def calibrate(
     model: Annotated[
         str | None, typer.Option(help="Checkpoint folder or Hub id.", show_default="the embedded demonstration")
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a checkpoint on the Hub.", show_default="main")] = None,
     output: Annotated[
         Path | None, typer.Option(help="New folder for a calibrated copy of the checkpoint.", rich_help_panel=_OUTPUT)
     ] = None,
@@ -93,7 +94,10 @@ def calibrate(
     rows = _read_rows(images, class_name, dataset, data_dir, split, classes)
     if not best_f1:
         rows = rows.select([index for index, label in enumerate(rows["label"]) if label == 0])
-    pretrained = load_pretrained(model, device, dtype.value if dtype else None)
+        for rate in (false_alarm_rate, pixel_false_alarm_rate):
+            if rate is not None:  # too few images are refused before they are scored
+                calibration.conformal_rank(len(rows), rate)
+    pretrained = load_pretrained(model, device, dtype.value if dtype else None, revision)
     with progress_bar("scoring", quiet=as_json) as progress:
         scored = calibration.score_for_calibration(pretrained, rows, batch_size, best_f1, progress)
     if best_f1:
@@ -105,7 +109,8 @@ def calibrate(
     source = str(model or EMBEDDED_CHECKPOINT)
     folder = output or Path(source)
     if output is not None:
-        calibration.copy_checkpoint(source, output)
+        # Of a Hub repository the commit that was scored, whatever its branch has become.
+        calibration.copy_checkpoint(source, output, getattr(pretrained.model.config, "_commit_hash", None))
     calibration.store_thresholds(folder, thresholds)
 
     before = {"image": pretrained.processor.image_threshold, "pixel": pretrained.processor.pixel_threshold}
