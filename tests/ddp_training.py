@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from training_runs import tiny_trainer
 
 from moeclip_hf.data import load_folder
+from moeclip_hf.processes import leave_processes
 from moeclip_hf.training import get_recipe
 
 
@@ -22,6 +23,7 @@ from moeclip_hf.training import get_recipe
 def main() -> None:
     *folders, batch_size, settings = sys.argv[1:]
     run(*map(Path, folders), int(batch_size), **json.loads(settings))
+    leave_processes()
 
 
 def run(

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 from ddp_training import run
 from safetensors.torch import load_file
 from training_runs import write_folder, write_plain_clip
 
 TESTS = Path(__file__).parent
+CONFIGURATIONS = TESTS.parent / "examples" / "accelerate"
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +27,13 @@ def inputs(tmp_path_factory, tokenizer):
 
 
 def command(inputs, output_dir: Path, processes: int, batch_size: int, **settings) -> list[str]:
-    """`accelerate launch` of a run on the CPU; its `--cpu` starts one process only, and `--multi_gpu` any number."""
+    """`accelerate launch` of a run on the CPU: several processes as examples/accelerate/cpu.yaml has it."""
     port = str(20_000 + os.getpid() % 20_000)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    launch += ["--multi_gpu", "--main_process_port", port] if processes > 1 else ["--cpu"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    if processes > 1:
+        launch += ["--config_file", str(CONFIGURATIONS / "cpu.yaml"), "--main_process_port", port]
+    else:
+        launch += ["--cpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     script = [
         str(TESTS / "ddp_training.py"),
         *map(str, inputs),
@@ -59,6 +64,16 @@ def unbroken(inputs, tmp_path_factory):
     run(*inputs, folder, 4, save_strategy="no")
     torch.set_num_threads(threads)
     return folder
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGURATIONS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations_are_read_by_the_launcher(path):
+    """It refuses keys that it does not know, and nodes and processes that do not go together."""
+    configuration = load_config_from_file(str(path))
+    assert configuration.num_processes > 1
+    assert configuration.num_processes % configuration.num_machines == 0
+    sharded = configuration.distributed_type == DistributedType.FSDP
+    assert sharded == (path.stem == "fsdp") == bool(configuration.fsdp_config)
 
 
 def test_two_processes_train_what_one_does(inputs, unbroken, tmp_path):

@@ -64,6 +64,24 @@ def test_resumed_run_repeats_the_losses_and_weights_of_an_unbroken_one(clip, row
         assert torch.equal(resumed.moeclip.state_dict()[name], tensor), name
 
 
+def test_each_checkpoint_logs_what_the_experts_gain_on_the_last_batch(clip, rows, tmp_path):
+    recipe = get_recipe("paper", batch_size=4, num_epochs=2, expert_std=0.02, residual_weight=0.5)
+    trainer = tiny_trainer(clip, rows, tmp_path, recipe, save_steps=3, max_steps=6)
+    trainer.train()
+    gains = logged(trainer, "expert_gain")
+    assert len(gains) == 2
+    model = trainer.moeclip.eval()
+    losses = []
+    for residual_weight in (0.5, 0.0):
+        for layer in model.moe_layers:
+            assert layer.residual_weight == 0.5 or residual_weight == 0
+            layer.residual_weight = residual_weight
+        with torch.no_grad():
+            losses.append(model(**trainer.batch).losses["segmentation"].item())
+    assert gains[-1] == pytest.approx(losses[1] - losses[0], rel=1e-4, abs=1e-7)
+    assert abs(gains[-1]) > 1e-4
+
+
 @pytest.mark.parametrize("settings", [{"logging_steps": 1}, {"logging_steps": 100}])
 def test_a_run_that_diverges_ends_and_keeps_its_last_finite_checkpoint(clip, rows, tmp_path, settings):
     recipe = get_recipe("paper-literal", batch_size=4, num_epochs=2, learning_rate=1e30, expert_learning_rate=1e30)

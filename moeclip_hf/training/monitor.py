@@ -29,6 +29,8 @@ class TrainingMonitor(TrainerCallback):
     - `expert_drift`: 1 minus the cosine between all B and where they started or, from zero, where the first step of
       this process has put them, 0 to 2.
 
+    And, whenever a checkpoint is written, `expert_gain`: of [`MoECLIPTrainer.expert_gain`].
+
     Args:
         model ([`MoECLIPModel`]): watched through hooks on its experts.
     """

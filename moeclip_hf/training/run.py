@@ -212,7 +212,7 @@ def train(
         MoECLIPError: the output folder holds checkpoints of a run that is not resumed; data or settings do not fit;
             a package is missing; a process that reads images ends; or the disk is full.
     """
-    _check_installed(["matplotlib", *(args.report_to or ())])
+    check_installed(args)
     output_dir = Path(str(args.output_dir))
     checkpoint = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
     if checkpoint and not resume:
@@ -284,8 +284,13 @@ def _readers_named() -> Iterator[None]:
         ) from error
 
 
-def _check_installed(packages: list[str]) -> None:
-    """Refuse before a run what would fail at its end."""
-    missing = [package for package in packages if find_spec(package) is None]
+def check_installed(args: TrainingArguments) -> None:
+    """
+    Refuse before a run what would fail at its end.
+
+    Raises:
+        MoECLIPError: naming a package that the run needs and that is missing.
+    """
+    missing = [package for package in ("matplotlib", *(args.report_to or ())) if find_spec(package) is None]
     if missing:
         raise MoECLIPError(f"{missing[0]} is not installed, and this run needs it: pip install {missing[0]}")

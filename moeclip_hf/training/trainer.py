@@ -187,13 +187,12 @@ class MoECLIPTrainer(Trainer):
             layer.dropout.sample_seeds = seeds
         classes, class_index = inputs.pop("class_index").unique(return_inverse=True)
         first_groups = 2 * torch.arange(len(classes), device=classes.device)
-        outputs = model(
-            **inputs,
-            prompt_features=self.prompt_features[classes].flatten(0, 1),
-            prompt_groups=(first_groups.unsqueeze(1) + self.prompt_groups).flatten(),
-            class_index=class_index,
-            output_router_logits=True,
-        )
+        self.batch = inputs | {
+            "prompt_features": self.prompt_features[classes].flatten(0, 1),
+            "prompt_groups": (first_groups.unsqueeze(1) + self.prompt_groups).flatten(),
+            "class_index": class_index,
+        }
+        outputs = model(**self.batch, output_router_logits=True)
         losses = dict(outputs.losses)
         if self.args.world_size > 1 and self.experts:
             losses["balance"] = torch.stack([global_balance_loss(logits) for logits in outputs.router_logits]).sum()
@@ -213,6 +212,27 @@ class MoECLIPTrainer(Trainer):
             if self.args.max_grad_norm and "expert_grad_norm" in logs:  # seen after all gradients were scaled alike
                 logs["expert_grad_norm"] *= max(1.0, logs["grad_norm"] / self.args.max_grad_norm)
         super().log(logs, start_time)
+
+    @torch.no_grad()
+    def expert_gain(self) -> float:
+        """
+        How much higher the last batch's segmentation loss is without the experts, over all processes.
+
+        Of the model as it is used, without dropout; every process must call it.
+        """
+        lambdas = [layer.residual_weight for layer in self.experts]
+        was_training = self.moeclip.training
+        self.moeclip.eval()
+        terms = []
+        for weights in (lambdas, [0.0] * len(lambdas)):
+            for layer, weight in zip(self.experts, weights, strict=True):
+                layer.residual_weight = weight
+            with self.compute_loss_context_manager():
+                terms.append(self.moeclip(**self.batch).losses["segmentation"].float())
+        for layer, weight in zip(self.experts, lambdas, strict=True):
+            layer.residual_weight = weight
+        self.moeclip.train(was_training)
+        return float(self.accelerator.reduce(terms[1] - terms[0], "mean"))
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.output_dir)
@@ -263,6 +283,8 @@ class MoECLIPTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save what a run goes on from. The folder takes its name last: one that is there is whole."""
         self._refuse_non_finite()
+        if self.experts:
+            self.log({"expert_gain": self.expert_gain()})
         with self._staged() as staging:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
