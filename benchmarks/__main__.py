@@ -26,8 +26,8 @@ SUITE: dict[str, tuple[str, ...]] = {
     "preprocessing": ("preprocessing",),
     "metrics": ("metrics",),
     "startup": ("startup",),
-    "prediction": ("prediction", "--images", "40"),
-    "evaluation": ("evaluation", "--rounds", "3"),
+    "prediction": ("prediction",),
+    "evaluation": ("evaluation",),
     "growth": ("growth", "--only", "resolution", "batch", "experts", "rank"),
     "images": ("growth", "--only", "metrics", "predictions"),
     "processes": ("processes", "--batch-size", "4"),
@@ -37,9 +37,9 @@ SUITE: dict[str, tuple[str, ...]] = {
 HEAD = """# Benchmarks
 
 Written by `python -m benchmarks`. Sides run in turn in one process unless a table says otherwise, and ratios are
-medians over rounds of pairs from the same round. Models have ViT-L/14's sizes and random weights, on which speed does
-not depend, unless a table names another. What was done about each figure, and why a goal is missed where one is,
-stands in [performance.md](performance.md).
+medians over at least five rounds of pairs from the same round; how cost grows is one round a value. Models have
+ViT-L/14's sizes and random weights, on which speed does not depend, unless a table names another. What was done about
+each figure, and why a goal is missed where one is, stands in [performance.md](performance.md).
 """
 
 

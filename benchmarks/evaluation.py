@@ -1,6 +1,6 @@
 """A whole evaluation beside the forward passes that it cannot do without.
 
-    python -m benchmarks.evaluation [--images 12] [--image-size 518] [--batch-size 2] [--rounds 3]
+    python -m benchmarks.evaluation [--images 12] [--image-size 518] [--batch-size 2] [--rounds 5]
 
 Both sides run MoECLIP at ViT-L/14's sizes on the same batches (random weights, float32), in turn. The evaluation also
 reads rendered textures of 1024 pixels and their masks, resizes them, and computes all figures and curves. What it
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=12)
     parser.add_argument("--image-size", type=int, default=518)
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
 
     tokenizer = MoECLIPProcessor.from_pretrained(EMBEDDED_CHECKPOINT).tokenizer

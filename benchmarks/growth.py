@@ -31,7 +31,7 @@ from benchmarks.alternating import alternate
 from benchmarks.forward import bare_tower, random_model
 from benchmarks.plain_training import PlainMoECLIP
 from benchmarks.report import Report, argument_parser, publish
-from benchmarks.training_step import TIME_GOAL_UNDER, apart, resident_bytes, training_side
+from benchmarks.training_step import TIME_GOAL_UNDER, apart, peak_over_start, training_side
 from moeclip_hf import MoECLIPModel, MoECLIPProcessor
 from moeclip_hf.data.textures import render
 from moeclip_hf.metrics import AnomalyMetrics
@@ -143,18 +143,18 @@ def counts_of(name: str, most: int | None) -> tuple[int, ...]:
 def count_images(name: str, most: int | None) -> Report:
     """Seconds and memory of ever more images."""
     counted, counts = COUNTED[name], counts_of(name, most)
-    rows = [["images", "seconds", "microseconds an image", "MB over the start"]]
+    rows = [["images", "seconds", "microseconds an image", "peak MB over the start"]]
     seconds = []
     for count in counts:
-        taken, held = apart(counted.measure, count)
+        taken, peak = apart(counted.measure, count)
         seconds.append(taken)
-        rows.append([f"{count:,}", f"{taken:.2f}", f"{taken / count * 1e6:.1f}", f"{held / 1e6:.1f}"])
+        rows.append([f"{count:,}", f"{taken:.2f}", f"{taken / count * 1e6:.1f}", f"{peak / 1e6:.1f}"])
     draw(name, "images", "seconds", counts, {counted.title: seconds})
     return Report(f"{counted.title}, over the number of images", rows, pictures=[f"images/growth_{name}.png"])
 
 
 def time_metrics(count: int, at_once: int = 1_000) -> tuple[float, int]:
-    """Seconds spent in the metrics, and bytes that the process then holds over its start."""
+    """Seconds spent in the metrics, and the most bytes that the process held over its start."""
     rng = np.random.default_rng(0)
     labels = np.arange(at_once) % 2
     masks = (rng.random((at_once, 8, 8)) < 0.2) & (labels[:, None, None] == 1)
@@ -173,8 +173,7 @@ def time_metrics(count: int, at_once: int = 1_000) -> tuple[float, int]:
         return seconds + time.perf_counter() - start
 
     run(1)
-    before = resident_bytes()
-    return run(count // at_once), max(0, resident_bytes() - before)
+    return peak_over_start(lambda: run(count // at_once))
 
 
 class SimulatedDetector:
@@ -191,7 +190,7 @@ class SimulatedDetector:
 
 
 def time_predictions(count: int) -> tuple[float, int]:
-    """Seconds for reading, preparing and scoring files, and bytes that the process then holds over its start."""
+    """Seconds for reading, preparing and scoring files, and the most bytes that the process held over its start."""
     detector = SimulatedDetector()
     with TemporaryDirectory() as folder:
         file = Path(folder) / "leather.png"
@@ -204,8 +203,7 @@ def time_predictions(count: int) -> tuple[float, int]:
             return time.perf_counter() - start
 
         run(100)
-        before = resident_bytes()
-        return run(count), max(0, resident_bytes() - before)
+        return peak_over_start(lambda: run(count))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Training on one process and on two under `accelerate launch`.
 
-    python -m benchmarks.processes [--steps 20] [--batch-size 8] [--rounds 3]
+    python -m benchmarks.processes [--steps 20] [--batch-size 8] [--rounds 5]
 
 The CLIP of the embedded checkpoint trains on rendered textures, each process with one thread and as many images a step
 whatever their number (weak scaling), in turn.
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=8, help="of a process")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:

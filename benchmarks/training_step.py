@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -34,6 +34,8 @@ from benchmarks.forward import bare_tower, random_model
 from benchmarks.plain_training import PlainMoECLIP
 from benchmarks.report import Goal, Report, argument_parser, publish
 from moeclip_hf import MoECLIPModel
+
+Result = TypeVar("Result")
 
 TOWER, PLAIN, FAST = "bare CLIP tower, forward", "plain MoECLIP, step", "MoECLIP, step"
 CHECKPOINTED = "MoECLIP, step, activation checkpointing"
@@ -111,11 +113,19 @@ def peak_over_weights(side: str, images: int, image_size: int) -> int:
     """Bytes by which two steps rise over what is held before them."""
     model = random_model()
     if side == CHECKPOINTED:
-        # Older releases of transformers have the second name alone.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     step = training_side(model, images, image_size, PlainMoECLIP(model) if side == PLAIN else None)
-    ctypes.CDLL(None).malloc_trim(0)  # what building left free would hide a part of the peak
+
+    def two_steps() -> None:
+        step()
+        step()
+
+    return peak_over_start(two_steps)[1]
+
+
+def peak_over_start(run: Callable[[], Result]) -> tuple[Result, int]:
+    """What a function returns, and the most bytes that this process held over what it held before."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was left free would hide a part of the peak
     before, peak, done = resident_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -125,11 +135,12 @@ def peak_over_weights(side: str, images: int, image_size: int) -> int:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    step()
-    step()
-    done.set()
-    watcher.join()
-    return peak - before
+    try:
+        result = run()
+    finally:
+        done.set()
+        watcher.join()
+    return result, max(0, peak - before)
 
 
 def apart(function: Callable[..., Any], *arguments: Any, allocator: str | None = None) -> Any:

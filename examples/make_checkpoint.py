@@ -3,9 +3,11 @@
     python -m examples.make_checkpoint [--output-dir outputs/checkpoint] [--install]
 
 Every part is a command that a reader can run alone; they are printed as they run. A part whose result is there is
-passed over. A training or an evaluation that was cut off goes on, and any other part starts again. No setting was
-chosen by what the card reports: test families, unseen kinds of defect, and photographs. `--install` puts the result in
-the place of the checkpoint that comes with the package.
+passed over. A training or an evaluation that was cut off goes on, and any other part starts again. Data that was
+rendered from other settings is made anew, with what was made from it; an evaluation of other weights is done again.
+After a change of how it is trained delete `trained/` and the checkpoint. No setting was chosen by what the card
+reports: test families, unseen kinds of defect, and photographs. `--install` puts the result in the place of the
+checkpoint that comes with the package.
 """
 
 import argparse
@@ -14,8 +16,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +38,9 @@ from moeclip_hf.data.textures.splits import (
     VALIDATION_FAMILIES,
 )
 from moeclip_hf.evaluation import evaluate
+from moeclip_hf.evaluation.protocol import weights_digest
 from moeclip_hf.evaluation.results import Metrics
+from moeclip_hf.model_card import read_evaluation
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
 from moeclip_hf.training import get_recipe, start_model
 
@@ -51,6 +56,7 @@ TEXTURES: dict[str, tuple[tuple[str, ...], tuple[str, ...], int, int, int]] = {
 }
 PHOTOGRAPHS = {"brick_wall": "brick", "grass": "grass", "gravel": "gravel"}  # class: scikit-image's photograph
 CROPS_A_PHOTOGRAPH, PHOTOGRAPH_SEED = 60, 16
+SETTINGS_FILE = "rendered_from.json"
 REPORTED = ("test", "test_unseen_defects", "photographs")
 IMAGE_SIZE = 256
 TRAINING: Mapping[str, object] = {
@@ -68,16 +74,28 @@ FALSE_ALARMS, PIXEL_FALSE_ALARMS = 0.1, 0.05
 WRONG_NAMES = 3
 
 
-def write_photographs(root: Path, seed: int = PHOTOGRAPH_SEED) -> None:
+def data_settings(name: str) -> dict[str, Any]:
+    """All that a folder of data is rendered from, as its writer takes it."""
+    if name == "photographs":
+        return {"photographs": PHOTOGRAPHS, "defects": SEEN_DEFECTS, "crops": CROPS_A_PHOTOGRAPH,
+                "size": PICTURE_SIZE, "seed": PHOTOGRAPH_SEED}  # fmt: skip
+    families, defects, normal, anomalous, seed = TEXTURES[name]
+    return {"families": families, "defects": defects, "normal": normal, "anomalous": anomalous,
+            "size": PICTURE_SIZE, "seed": seed}  # fmt: skip
+
+
+def write_photographs(
+    root: Path, photographs: Mapping[str, str], defects: Sequence[str], *, crops: int, size: int, seed: int
+) -> None:
     """Write crops of real photographs, every other one with a defect cut in, in MVTec AD's tree."""
-    for class_name, name in PHOTOGRAPHS.items():
+    for number, (class_name, name) in enumerate(photographs.items()):
         photograph = getattr(data, name)()
-        rng = np.random.default_rng((seed, list(PHOTOGRAPHS).index(class_name)))
-        for index in range(CROPS_A_PHOTOGRAPH):
-            top, left = rng.integers(0, np.array(photograph.shape[:2]) - PICTURE_SIZE + 1)
-            crop = photograph[top : top + PICTURE_SIZE, left : left + PICTURE_SIZE]
+        rng = np.random.default_rng((seed, number))
+        for index in range(crops):
+            top, left = rng.integers(0, np.array(photograph.shape[:2]) - size + 1)
+            crop = photograph[top : top + size, left : left + size]
             image = np.repeat(crop[..., np.newaxis], 3, axis=2)
-            kind = SEEN_DEFECTS[index // 2 % len(SEEN_DEFECTS)] if index % 2 else None
+            kind = defects[index // 2 % len(defects)] if index % 2 else None
             if kind is not None:
                 image, mask = add_defect(image, kind, rng)
                 save(mask, root / class_name / "ground_truth" / kind / f"{index:03d}_mask.png")
@@ -99,20 +117,39 @@ def run(*arguments: object) -> None:
 
 
 def write_data(root: Path) -> None:
-    """Render what is not there yet; a folder takes its name once it is whole."""
+    """Render what is not there yet, or of other settings; a folder takes its name once it is whole."""
     for name in (*TEXTURES, "photographs"):
-        if (root / name).exists():
+        folder, unfinished = root / name, root / f"{name}.unfinished"
+        settings = data_settings(name)
+        document = json.dumps(settings, indent=2)
+        recorded = folder / SETTINGS_FILE
+        if recorded.exists() and recorded.read_text(encoding="utf-8") == document:
             continue
-        unfinished = root / f"{name}.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
-        if name == "photographs":
-            write_photographs(unfinished)
-        else:
-            families, defects, normal, anomalous, seed = TEXTURES[name]
-            write_texture_benchmark(
-                unfinished, families, defects, normal=normal, anomalous=anomalous, size=PICTURE_SIZE, seed=seed
-            )
-        unfinished.rename(root / name)
+        if folder.exists():
+            for made in made_from(root, name):
+                shutil.rmtree(made, ignore_errors=True)
+            folder.rename(unfinished)  # so that no half-deleted folder has its name
+            shutil.rmtree(unfinished)
+        write = write_photographs if name == "photographs" else write_texture_benchmark
+        write(unfinished, **settings)
+        (unfinished / SETTINGS_FILE).write_text(document, encoding="utf-8")
+        unfinished.rename(folder)
+
+
+def made_from(root: Path, name: str) -> tuple[Path, ...]:
+    """What the parts after it make from a folder of data."""
+    final = root / EMBEDDED_CHECKPOINT.name
+    made = {"auxiliary": (root / "trained", final), "normal": (final,)}
+    return made.get(name, (root / "evaluation" / name,))
+
+
+def is_evaluated(results: Path, final: Path) -> bool:
+    """Whether an evaluation is there, of this checkpoint's weights."""
+    if not results.exists():
+        return False
+    (evaluated,) = (result["settings"] for result in read_evaluation(results)["datasets"])
+    return weights_digest(load_pretrained(final, device="cpu", dtype=evaluated["dtype"])) == evaluated["weights"]
 
 
 def make(root: Path) -> Path:
@@ -134,7 +171,7 @@ def make(root: Path) -> Path:
         unfinished.rename(final)
     for name in REPORTED:
         results = root / "evaluation" / name
-        if not (results / "results.json").exists():
+        if not is_evaluated(results / "results.json", final):
             run("moeclip_hf.cli", "evaluate", "--data-dir", root / name, "--model", final, "--output-dir", results)
     return final
 

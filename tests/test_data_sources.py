@@ -1,6 +1,7 @@
 """Index files, data sets of the `datasets` library and folders of one's own give the same kind of rows."""
 
 import json
+import warnings
 
 import datasets
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from moeclip_hf.data import load_data, load_folder, load_hub, load_index, read_mask
 from moeclip_hf.data.records import COLUMNS
-from moeclip_hf.errors import DatasetError
+from moeclip_hf.errors import DatasetError, MoECLIPWarning
 
 
 def jsonl_rows(dataset, expected, label=int):
@@ -203,6 +204,66 @@ def test_labels_may_be_names_or_booleans(labels, tmp_path):
     write_parquet(tmp_path, label=labels)
 
     assert load_hub(str(tmp_path))["label"][:] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("labels", [["no_defect", "defect"] * 2, ["scratch", "dent"] * 2, ["no_defect"] * 4])
+def test_plain_names_of_labels_none_of_which_means_normal_are_refused(labels, tmp_path):
+    write_parquet(tmp_path, label=labels)
+    named = ", ".join(dict.fromkeys(labels))
+    with pytest.raises(DatasetError, match=f"none of the labels {named} is one of 0, good, normal, ok, which mean"):
+        load_data(tmp_path)
+
+
+def test_a_split_without_normal_images_loads_by_numbers_and_by_class_labels(tmp_path):
+    write_parquet(tmp_path / "numbers", label=[1] * 4)
+    columns, _ = hub_columns(label=[1, 2, 1, 2])
+    kinds = datasets.ClassLabel(names=["good", "scratch", "dent"])
+    datasets.Dataset.from_dict(columns).cast_column("label", kinds).save_to_disk(tmp_path / "classes")
+    for name in ("numbers", "classes"):
+        assert load_data(tmp_path / name)["label"][:] == [1] * 4
+
+
+def test_many_labels_are_not_all_listed(tmp_path):
+    labels = [f"defect {index}" for index in range(12)]
+    rows = datasets.Dataset.from_dict({"image": hub_columns()[0]["image"] * 3, "label": labels})
+    rows.save_to_disk(tmp_path / "set")
+    with pytest.raises(DatasetError, match=r"labels defect 0, .*, defect 7, \.\.\. is one of"):
+        load_data(tmp_path / "set")
+
+
+def test_a_stream_warns_where_its_first_label_is_not_a_normal_one(tmp_path):
+    """Its labels are not known beforehand; in many data sets defects come first."""
+    write_parquet(tmp_path / "sorted", label=["crack", "dent", "good", "good"])
+    rows = load_data(tmp_path / "sorted", streaming=True)
+    with pytest.warns(MoECLIPWarning, match="row 0: label 'crack' is taken for anomalous, .* none of 0, good") as told:
+        assert [row["label"] for row in rows] == [1, 1, 0, 0]
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("labels", [["good", "crack"] * 2, [1, 0] * 2])
+def test_a_stream_whose_labels_are_plain_is_read_without_a_word(labels, tmp_path):
+    write_parquet(tmp_path / "mine", label=labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MoECLIPWarning)
+        assert sum(row["label"] for row in load_data(tmp_path / "mine", streaming=True)) == 2
+
+
+def test_a_stream_refuses_classes_that_its_type_does_not_know(tmp_path):
+    columns, _ = hub_columns(class_name=[0, 0, 1, 1])
+    saved = datasets.Dataset.from_dict(columns).cast_column("class_name", datasets.ClassLabel(names=["bolt", "nut"]))
+    saved.save_to_disk(tmp_path / "typed")
+    write_parquet(tmp_path / "classless", class_name=None)
+    write_parquet(tmp_path / "plain")
+
+    assert [row["class_name"] for row in load_data(tmp_path / "typed", classes=["nut"], streaming=True)] == ["nut"] * 2
+    assert len(list(load_data(tmp_path / "classless", classes=["object"], streaming=True))) == 4
+    assert len(list(load_data(tmp_path / "plain", classes=["screw"], streaming=True))) == 2
+    with pytest.raises(DatasetError, match="no class screw; there is bolt, nut"):
+        load_data(tmp_path / "typed", classes=["nut", "screw"], streaming=True)
+    with pytest.raises(DatasetError, match="no class nut; there is object"):
+        load_data(tmp_path / "classless", classes=["nut"], streaming=True)
+    with pytest.raises(DatasetError, match="no class nut; there is metal_nut, screw"):
+        load_data(tmp_path / "plain", classes=["nut"])
 
 
 def test_class_labels_are_read_by_their_names(tmp_path):

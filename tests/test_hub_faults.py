@@ -6,10 +6,14 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from benchmark_trees import write_folder
 from huggingface_hub import constants
 from mini_hub import Handler, MiniHub
+from typer.testing import CliRunner
 
+from moeclip_hf import calibration
 from moeclip_hf.adapters import load_adapter
+from moeclip_hf.cli import app
 from moeclip_hf.conversion import load_clip
 from moeclip_hf.errors import CheckpointError, ConversionError, PublishingError
 from moeclip_hf.hub import push_to_hub
@@ -103,6 +107,42 @@ def test_what_passes_is_tried_again(hub, method, path, faults):
     assert not hub.faults[method, path], "the fault was never met"
     assert folder.name == hub.commit
     assert_whole(folder)
+
+
+@pytest.mark.parametrize("command", ["predict", "explain", "export", "calibrate", "evaluate"])
+def test_every_command_that_uses_a_checkpoint_takes_the_revision_it_is_told(hub, tmp_path, command):
+    write_folder(tmp_path / "data")
+    picture = next((tmp_path / "data").rglob("*.png"))
+    given = {
+        "predict": [picture],
+        "explain": [picture],
+        "export": ["--output", tmp_path / "out"],
+        "calibrate": [picture, "--output", tmp_path / "out", "--false-alarm-rate", "0.5"],
+        "evaluate": ["--data-dir", tmp_path / "data", "--no-pictures"],
+    }[command]
+    arguments = [command, *given, "--model", "ann/it", "--revision", "v9"]
+    with pytest.raises(CheckpointError, match=r"ann/it: has no revision 'v9'"):
+        CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def test_calibrate_copies_the_commit_that_it_scored(hub, tmp_path, monkeypatch):
+    """Though the branch moves on meanwhile: thresholds never meet other weights."""
+    write_folder(tmp_path / "data")
+    repository = hub.repositories["ann/it"]
+    files = repository.commits[hub.commit].files
+    score = calibration.score_for_calibration
+
+    def score_while_somebody_pushes(*arguments):
+        repository.add("main", files | {"model.safetensors": hub.store(b"other weights")}, "another checkpoint")
+        return score(*arguments)
+
+    monkeypatch.setattr(calibration, "score_for_calibration", score_while_somebody_pushes)
+    options = ["--best-f1", "--model", "ann/it", "--output", tmp_path / "out", "--device", "cpu"]
+    arguments = ["calibrate", "--data-dir", tmp_path / "data", *options]
+    CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert repository.refs["main"] != hub.commit
+    stored = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert stored == (EMBEDDED_CHECKPOINT / "model.safetensors").read_bytes()
 
 
 BUSY = "answered: too busy: try again later."

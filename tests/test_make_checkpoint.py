@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from scipy import ndimage
 from training_runs import interrupt_second_step, write_folder, write_plain_clip
 
@@ -16,6 +16,7 @@ from examples.make_checkpoint import TEXTURES
 from moeclip_hf.data import load_folder
 from moeclip_hf.data.textures import TOLERANCE, add_defect
 from moeclip_hf.data.textures.splits import VALIDATION_FAMILIES
+from moeclip_hf.evaluation.protocol import weights_digest
 from moeclip_hf.metrics import AnomalyMetrics
 from moeclip_hf.pretrained import load_pretrained
 from moeclip_hf.training import get_recipe, start_model
@@ -117,6 +118,83 @@ def test_training_that_was_cut_off_goes_on_from_its_last_checkpoint(made, tmp_pa
         np.testing.assert_allclose(resumed[name], weight, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+def test_evaluation_of_other_weights_is_done_again(made, tmp_path, monkeypatch):
+    root = shutil.copytree(made, tmp_path / "changed")
+    weights = load_file(root / NAME / "model.safetensors")
+    weights["text_adapter.projection.weight"] *= 2
+    save_file(weights, root / NAME / "model.safetensors", metadata={"format": "pt"})
+    results = root / "evaluation" / "photographs" / "results.json"
+    evaluated = []
+
+    def run(module, *words):
+        evaluated.append(dict(zip(words[1::2], words[2::2], strict=True))["--data-dir"].name)
+
+    monkeypatch.setattr(make_checkpoint, "run", run)
+    make_checkpoint.make(root)
+    assert evaluated == list(make_checkpoint.REPORTED)
+
+    document = json.loads(results.read_text())
+    document["datasets"][0]["settings"]["weights"] = weights_digest(load_pretrained(root / NAME, dtype="float32"))
+    results.write_text(json.dumps(document))
+    evaluated.clear()
+    make_checkpoint.make(root)
+    assert evaluated == ["test", "test_unseen_defects"]
+
+
+@pytest.mark.parametrize(
+    ("name", "made_again"),
+    [
+        ("auxiliary", ["train", "calibrate"]),
+        ("normal", ["calibrate"]),
+        ("test", ["evaluate"]),
+        ("photographs", ["evaluate"]),
+    ],
+)
+def test_data_of_other_settings_is_rendered_anew_with_what_was_made_from_it(
+    made, tmp_path, monkeypatch, name, made_again
+):
+    root = shutil.copytree(made, tmp_path / "changed")
+    if name == "photographs":
+        monkeypatch.setattr(make_checkpoint, "PHOTOGRAPH_SEED", 99)
+    else:
+        monkeypatch.setitem(make_checkpoint.TEXTURES, name, (*make_checkpoint.TEXTURES[name][:-1], 99))
+    before = {path: path.read_bytes() for path in root.glob("*/*/test/*/*.png")}
+    calls = []
+
+    def run(module, *words):
+        calls.append(words[0])
+        if words[0] == "train":
+            shutil.copytree(made / "trained", root / "trained")
+
+    monkeypatch.setattr(make_checkpoint, "run", run)
+    make_checkpoint.make(root)
+    assert calls == made_again
+    changed = {path.relative_to(root).parts[0] for path, content in before.items() if path.read_bytes() != content}
+    assert changed == {name}
+    assert not list(root.glob("*.unfinished"))
+
+
+def test_data_is_rendered_anew_after_a_cut(made, tmp_path, monkeypatch):
+    root = shutil.copytree(made, tmp_path / "cut", ignore=shutil.ignore_patterns(make_checkpoint.SETTINGS_FILE))
+    write = make_checkpoint.write_photographs
+
+    def cut(*args, **settings):
+        write(*args, **settings)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(make_checkpoint, "write_photographs", cut)
+        make_checkpoint.write_data(root)
+    assert not (root / "photographs").exists()
+    make_checkpoint.write_data(root)
+    for name in (*make_checkpoint.TEXTURES, "photographs"):
+        rendered, expected = (
+            {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+            for folder in (root / name, made / name)
+        )
+        assert rendered == expected
+
+
 def test_installed_checkpoint_is_the_one_that_was_made(made):
     assert folder_contents(make_checkpoint.EMBEDDED_CHECKPOINT) == folder_contents(made / NAME)
     assert [path.name for path in make_checkpoint.EMBEDDED_CHECKPOINT.parent.iterdir()] == [NAME]
@@ -156,10 +234,9 @@ def test_photographs_are_crops_with_exact_masks_every_other_time(tmp_path, monke
         crops.append(crop.copy())
         return add_defect(crop, *args)
 
-    monkeypatch.setattr(make_checkpoint, "PICTURE_SIZE", 64)
-    monkeypatch.setattr(make_checkpoint, "CROPS_A_PHOTOGRAPH", 4)
     monkeypatch.setattr(make_checkpoint, "add_defect", recorded)
-    make_checkpoint.write_photographs(tmp_path)
+    settings = make_checkpoint.data_settings("photographs") | {"size": 64, "crops": 4}
+    make_checkpoint.write_photographs(tmp_path, **settings)
     rows = load_folder(tmp_path)
     assert sorted(set(rows["prompt_name"])) == ["brick wall", "grass", "gravel"]
     assert sum(rows["label"]) == len(rows) // 2 == len(crops)

@@ -2,18 +2,67 @@
 
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from typer.main import get_command
 
+from moeclip_hf.cli import app
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+
+LAUNCHER = r"(?:accelerate launch|torchrun|python3?)\b.*"
+COMMAND = re.compile(
+    rf"(?:\$ )?(?:\w+=\S+ )*(?:moeclip|{LAUNCHER} (?:-m moeclip_hf\.cli|examples/(?P<train>train)\.py)) (?P<rest>.+)"
+)
+
+
+def code_lines(text: str) -> Iterator[str]:
+    """Lines of fenced and of indented code, those joined that a backslash goes on with."""
+    fenced = False
+    for line in re.sub(r"\\\n\s*", "", text).splitlines():
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif fenced or line.startswith("    "):
+            yield line.strip()
+
+
+def commands_of(file: Path) -> Iterator[list[str]]:
+    """The arguments of each `moeclip` in a file's code; examples/train.py stands for `moeclip train`."""
+    for line in code_lines(file.read_text()):
+        for part in re.split(r"&&|[|;]", line):
+            if found := COMMAND.fullmatch(part.strip()):
+                rest = re.split(r"\s(?:&|\d?[<>])", found["rest"])[0]
+                yield [*filter(None, [found["train"]]), *shlex.split(rest, comments=True)]
+
+
+DOCUMENTED = [
+    (file.name, arguments)
+    for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for arguments in commands_of(file)
+]
+
+
+def parse(arguments: list[str]) -> None:
+    """Have the command line read arguments, without running anything."""
+    command, name, rest = get_command(app), "moeclip", list(arguments)
+    while (commands := getattr(command, "commands", {})) and rest and not rest[0].startswith("-"):
+        assert rest[0] in commands, f"{name} has no command {rest[0]}"
+        name = rest.pop(0)
+        command = commands[name]
+    try:
+        command.make_context(name, rest)
+    except Exception as error:
+        if "does not exist" not in str(error):  # examples name files that only a reader has
+            raise
 
 
 @pytest.fixture
@@ -44,6 +93,25 @@ def test_the_command_line_example_runs(workplace, monkeypatch, command):
     monkeypatch.chdir(workplace)
     assert b"one.png" in command(*words)[1]
     assert (workplace / "results" / "one_overlay.png").exists()
+
+
+@pytest.mark.parametrize(("file", "arguments"), DOCUMENTED, ids=lambda value: str(value)[:60])
+def test_the_command_line_takes_what_the_documents_type(file, arguments):
+    parse(arguments)
+
+
+def test_commands_are_found_in_the_documents_and_wrong_ones_are_refused():
+    files = [file for file, _ in DOCUMENTED]
+    named = {arguments[0] for _, arguments in DOCUMENTED}
+    assert len(files) > 30 and files.count("README.md") >= 10 and len(set(files)) >= 8
+    assert named == set(get_command(app).commands)
+    assert ["evaluate", "--model", "MODEL", "--dataset", "brain", "--data-dir", "/data"] in list(
+        commands_of(ROOT / "docs" / "evaluation.md")
+    )
+    for wrong in ("train --datasets x --output-dir o", "calibrates x", "convert release", "export --class-name x",
+                  "calibrate x --false-alarm-rate 5", "train --recipe papers --output-dir o"):  # fmt: skip
+        with pytest.raises(Exception, match=r"No such option|has no command|Missing|less than|range|not one of"):
+            parse(wrong.split())
 
 
 def test_every_file_and_make_target_it_names_is_there():

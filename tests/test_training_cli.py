@@ -136,9 +136,21 @@ def test_a_moeclip_without_some_of_its_trained_parts_is_refused(tmp_path):
     start_model(tmp_path / "damaged", get_recipe("paper"), fresh=True)
 
 
-def test_tracker_that_is_not_installed_is_named_before_the_run(tmp_path, tokenizer, monkeypatch):
+def test_a_folder_of_ones_own_is_data_by_itself(tmp_path, tokenizer):
     clip, data = write_plain_clip(tmp_path / "clip", tokenizer), write_folder(tmp_path / "data")
+    options = ["--clip", clip, "--output-dir", tmp_path / "out", "--max-steps", "1", "--batch-size", "4",
+               "--num-workers", "0", "--tracker", "none", "--cpu"]  # fmt: skip
+    result = CliRunner().invoke(app, ["train", "--data-dir", str(data), *map(str, options)])
+    assert result.exit_code == 0, result.output
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert recipe["datasets"] == ["data"]
+    assert recipe["images"].startswith(f"{len(load_folder(data))}, ")
+    result = CliRunner().invoke(app, ["train", *map(str, options)])
+    assert result.exit_code == 2 and "name a data set" in result.output
+
+
+def test_tracker_that_is_not_installed_is_named_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("moeclip_hf.training.run.find_spec", lambda package: None if package == "trackio" else True)
-    options = ["--dataset", data, "--clip", clip, "--output-dir", tmp_path / "out", "--tracker", "trackio", "--cpu"]
+    options = ["--dataset", "./none", "--clip", "./none", "--output-dir", tmp_path / "out", "--tracker", "trackio"]
     with pytest.raises(MoECLIPError, match="trackio is not installed, and this run needs it"):
         CliRunner().invoke(app, ["train", *map(str, options)], catch_exceptions=False)

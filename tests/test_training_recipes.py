@@ -1,6 +1,7 @@
 """Recipes: `released` against the reference values, `paper` against its own literal form."""
 
 import math
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from tiny_models import random_pixels, random_prompts, tiny_config
 from moeclip_hf import MoECLIPModel
 from moeclip_hf.errors import MoECLIPError
 from moeclip_hf.training import MoECLIPTrainer, get_recipe, training_arguments
-from moeclip_hf.training.recipes import apply_recipe, draw_experts
+from moeclip_hf.training.recipes import Recipe, apply_recipe, draw_experts
 
 
 class GoldenSamples(torch.utils.data.Dataset):
@@ -143,3 +144,11 @@ def test_senseless_values_are_refused():
         get_recipe("paper", batch_size=0)
     with pytest.raises(MoECLIPError, match="no recipe 'papers'"):
         get_recipe("papers")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("field", [one.name for one in fields(Recipe) if "float" in str(one.type)])
+def test_values_that_are_not_finite_are_refused(field, value):
+    """NaN is neither below nor above any bound."""
+    with pytest.raises(MoECLIPError, match=rf"^{field} \({value}\) must be finite"):
+        get_recipe("paper", **{field: value})

@@ -35,7 +35,7 @@ def evaluate(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="Benchmarks with commas between, or 'all'; an index file or Hub id.",
+            help="Benchmarks with commas between, or 'all'; an index file, folder or Hub id.",
             show_default="--data-dir, a folder of one's own",
         ),
     ] = None,

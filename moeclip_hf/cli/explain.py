@@ -18,6 +18,7 @@ def explain(
     model: Annotated[
         str | None, typer.Option(help="Checkpoint folder or Hub id.", show_default="the embedded demonstration")
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a checkpoint on the Hub.", show_default="main")] = None,
     output_dir: Annotated[Path, typer.Option(help="Where pictures and figures are written.")] = Path("moeclip-output"),
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.", show_default="the best there is")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, not as a table.")] = False,
@@ -36,7 +37,7 @@ def explain(
 
     logging.disable_progress_bar()
     picture = read_image(image)
-    pretrained = load_pretrained(model, device)
+    pretrained = load_pretrained(model, device, revision=revision)
     explanation = explain_image(pretrained, picture, class_name)
 
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ def export(
     model: Annotated[
         str | None, typer.Option(help="Checkpoint folder or Hub id.", show_default="the embedded demonstration")
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a checkpoint on the Hub.", show_default="main")] = None,
     int8: Annotated[
         bool, typer.Option("--int8", help="Also write a graph with weights of 8 bits, smaller and less exact.")
     ] = False,
@@ -34,7 +35,7 @@ def export(
 
     require_exporter()  # before a checkpoint is downloaded
     logging.disable_progress_bar()
-    pretrained = load_pretrained(model, "cpu", "float32")
+    pretrained = load_pretrained(model, "cpu", "float32", revision)
     with Console(stderr=True).status("exporting, which takes a minute or more"):
         exported = export_onnx(pretrained, class_name or ["object"], output, int8)
     if as_json:

@@ -60,9 +60,17 @@ def _precision(help: str, *names: str, min: int | None = None) -> Any:
 
 
 def train(
-    dataset: Annotated[str, typer.Option(help="Benchmark, index file, folder or Hub data set, with masks.")],
     output_dir: Annotated[Path, typer.Option(help="Where checkpoints and, at last, the model are written.")],
-    data_dir: Annotated[Path | None, typer.Option(help="Folder that holds a benchmark.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Benchmark, index file, folder or Hub data set, with masks.",
+            show_default="--data-dir, a folder of one's own",
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder that holds a benchmark, or a folder of one's own.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Part of the data; the method trains on test images.")] = "test",
     classes: Annotated[str | None, typer.Option(help="Names, with commas.", show_default="all")] = None,
     skip_unreadable: Annotated[
@@ -133,6 +141,10 @@ def train(
     On several GPUs or nodes: `accelerate launch examples/train.py` with the same options.
     """
     given = {name: value for name, value in locals().items() if value is not None}
+    source = data_dir if dataset is None else dataset
+    if source is None:
+        raise typer.BadParameter("name a data set: --dataset, with --data-dir for a benchmark, or --data-dir alone")
+
     from transformers.utils import logging
 
     from moeclip_hf.data import load_data
@@ -140,6 +152,7 @@ def train(
     from moeclip_hf.processes import leave_processes
     from moeclip_hf.training import RECIPES, get_recipe, start_model, training_arguments
     from moeclip_hf.training import train as run_training
+    from moeclip_hf.training.run import check_installed
 
     if precision is not None:  # goes before what `accelerate launch` was configured with
         os.environ["ACCELERATE_MIXED_PRECISION"] = precision.value
@@ -166,11 +179,12 @@ def train(
         # A bar for people, a line a log for files. By itself the trainer would ask transformers' verbosity.
         disable_tqdm=not sys.stderr.isatty(),
     )
-    rows = load_data(dataset, data_dir, split, classes.split(",") if classes else None)
+    check_installed(args)
+    rows = load_data(source, data_dir, split, classes.split(",") if classes else None)
     model, processor = start_model(
         clip, chosen, seed, image_size, fresh, **{name: given[name] for name in _MODEL_SETTINGS & given.keys()}
     )
-    hub_id = dataset if is_hub_id(dataset) else None
+    hub_id = dataset if dataset is not None and is_hub_id(dataset) else None
     run_training(model, processor, rows, chosen, args, resume, hub_id, skip_unreadable)
     if args.process_index == 0:
         typer.echo(f"Trained model written to {output_dir}; try: moeclip predict IMAGES --model {output_dir}")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeclip_hf.data.records import COLUMNS, as_label, features
 from moeclip_hf.data.registry import FALLBACK_PROMPT_NAME, Domain, columns_of
-from moeclip_hf.errors import DatasetError
+from moeclip_hf.errors import DatasetError, MoECLIPWarning
 
 if TYPE_CHECKING:
     import datasets
 
 NORMAL_LABELS = frozenset({"0", "good", "normal", "ok"})
 """Label names that mean normal; any other name beside one of these means anomalous."""
+
+_MAX_LISTED = 8
 
 
 def is_datasets_folder(folder: Path) -> bool:
@@ -25,7 +28,12 @@ def is_datasets_folder(folder: Path) -> bool:
 
 
 def load_hub(
-    source: str, split: str = "test", *, domain: Domain = "industrial", streaming: bool = False
+    source: str,
+    split: str = "test",
+    classes: Collection[str] | None = None,
+    *,
+    domain: Domain = "industrial",
+    streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """A data set with the columns `image`, `label` and, where there are any, `mask` and `class_name`.
 
@@ -36,11 +44,15 @@ def load_hub(
     Args:
         source: a Hub id, or a folder.
         split: any split of the data set, also a slice such as "test[:100]".
+        classes: the classes to read, all by default.
         domain: "industrial" or "medical", for a data set that is not a benchmark.
-        streaming: read it while iterating instead of downloading it; gives an `IterableDataset`.
+        streaming: read it while iterating instead of downloading it; gives an `IterableDataset`. Labels and classes
+            that are plain strings are then not known beforehand: a warning tells of a first label that is not in
+            `NORMAL_LABELS`, and a class that does not occur gives no rows.
 
     Raises:
-        DatasetError: it cannot be loaded, has no such split, or lacks a column.
+        DatasetError: it cannot be loaded, has no such split or class, or lacks a column; none of its labels' names is
+            in `NORMAL_LABELS`.
     """
     import datasets
 
@@ -48,16 +60,30 @@ def load_hub(
     missing = sorted({"image", "label"} - set(loaded.features))
     if missing:
         raise DatasetError(f"{source} has no column {', '.join(missing)}; it has {', '.join(loaded.features)}")
-    describe = _row_reader(source, split, loaded.features, domain)
+    folder = Path(source)
+    dataset = (folder.resolve() if folder.is_dir() else folder).name
+
+    def text_columns(class_name: str) -> dict[str, str]:
+        return columns_of(dataset, class_name, class_name, domain)
+
+    describe = _row_reader(source, split, loaded, text_columns)
     optional = [name for name in ("mask", "class_name") if name in loaded.features]
     loaded = loaded.select_columns(["image", "label", *optional])
     if isinstance(loaded, datasets.Dataset):
-        return _assemble(loaded, describe)
-    return loaded.map(
-        lambda row, number: {"image": row["image"], "mask": row.get("mask"), **describe(row, number)},
-        with_indices=True,
-        features=features(),
-    )
+        rows: datasets.Dataset | datasets.IterableDataset = _assemble(loaded, describe)
+        known = set(rows.unique("class_name"))
+    else:
+        known = {text_columns(name)["class_name"] for name in _streamed_classes(loaded.features)}
+        rows = loaded.map(
+            lambda row, number: {"image": row["image"], "mask": row.get("mask"), **describe(row, number)},
+            with_indices=True,
+            features=features(),
+        )
+    if classes is None:
+        return rows
+    if known:
+        refuse_unknown(classes, known)
+    return rows.filter(lambda class_name: class_name in classes, input_columns=["class_name"])
 
 
 def _load(source: str, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
@@ -85,26 +111,62 @@ def _load(source: str, split: str, streaming: bool) -> datasets.Dataset | datase
 
 
 def _row_reader(
-    source: str, split: str, kinds: datasets.Features, domain: Domain
+    source: str,
+    split: str,
+    loaded: datasets.Dataset | datasets.IterableDataset,
+    text_columns: Callable[[str], dict[str, str]],
 ) -> Callable[[Mapping[str, Any], int], dict[str, Any]]:
     """A function from a row and its number to all columns but `image` and `mask`."""
+    kinds = loaded.features
     label_names = getattr(kinds["label"], "names", None)
     class_names = getattr(kinds.get("class_name"), "names", None)
-    if label_names is not None and not NORMAL_LABELS.intersection(map(str.lower, label_names)):
-        expected = ", ".join(sorted(NORMAL_LABELS))
-        raise DatasetError(f"{source}: none of the labels {', '.join(label_names)} is one of {expected}")
-    folder = Path(source)
-    dataset = (folder.resolve() if folder.is_dir() else folder).name
+    known = _label_names(loaded)
+    expected = ", ".join(sorted(NORMAL_LABELS))
+    if known and not NORMAL_LABELS.intersection(map(str.lower, known)):
+        listed = ", ".join([*known[:_MAX_LISTED], *["..."] * (len(known) > _MAX_LISTED)])
+        raise DatasetError(
+            f"{source}, {split}: none of the labels {listed} is one of {expected}, which mean normal: call normal "
+            "images so, or make the labels 0 and 1"
+        )
+    is_checked = known is not None
 
     def describe(row: Mapping[str, Any], number: int) -> dict[str, Any]:
+        nonlocal is_checked
         where = f"{source}, {split}, row {number}"
         value = _name_of(row["label"], label_names, where)
         label = int(value.lower() not in NORMAL_LABELS) if isinstance(value, str) else as_label(value, where)
+        if not is_checked and label and isinstance(value, str):
+            text = f"{where}: label '{value}' is taken for anomalous, as it is none of {expected}, which mean normal"
+            warnings.warn(text, MoECLIPWarning, stacklevel=2)
+        is_checked = True
         class_name = str(_name_of(row.get("class_name", FALLBACK_PROMPT_NAME), class_names, where))
         image_path = f"{split}/{number:06d}"
-        return {"label": label, "image_path": image_path, **columns_of(dataset, class_name, class_name, domain)}
+        return {"label": label, "image_path": image_path, **text_columns(class_name)}
 
     return describe
+
+
+def _label_names(loaded: datasets.Dataset | datasets.IterableDataset) -> list[str] | None:
+    """The names of labels, by their type or, where they are plain strings, as they occur; None where neither tells."""
+    import datasets
+
+    kind = loaded.features["label"]
+    if isinstance(kind, datasets.ClassLabel):
+        return list(kind.names)
+    if isinstance(loaded, datasets.Dataset) and "string" in getattr(kind, "dtype", ""):
+        return [name for name in loaded.unique("label") if name is not None]
+    return None
+
+
+def _streamed_classes(kinds: datasets.Features) -> list[str]:
+    """The classes that a stream may hold by its type; none where they are plain strings, known as they are read."""
+    return getattr(kinds["class_name"], "names", []) if "class_name" in kinds else [FALLBACK_PROMPT_NAME]
+
+
+def refuse_unknown(classes: Collection[str], known: set[str]) -> None:
+    """Refuse wanted classes that are not known, by name."""
+    if unknown := sorted(set(classes) - known):
+        raise DatasetError(f"no class {', '.join(unknown)}; there is {', '.join(sorted(known))}")
 
 
 def _name_of(value: Any, names: list[str] | None, where: str) -> Any:

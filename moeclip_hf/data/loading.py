@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeclip_hf.data.hub import is_datasets_folder, load_hub
+from moeclip_hf.data.hub import is_datasets_folder, load_hub, refuse_unknown
 from moeclip_hf.data.indexes import index_records
 from moeclip_hf.data.records import Record, to_dataset
 from moeclip_hf.data.registry import FALLBACK_PROMPT_NAME, Domain, find_benchmark, get_benchmark
@@ -62,7 +62,7 @@ def load_data(
     if path.is_dir() and not is_datasets_folder(path):
         return load_folder(path, split, classes, domain=domain)
     if path.is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        return _only_classes(load_hub(name, split, domain=domain, streaming=streaming), classes)
+        return load_hub(name, split, classes, domain=domain, streaming=streaming)
     if "/" in name:
         raise DatasetError(f"no such folder: {name}")
     return load_benchmark(name, data_dir or "", split, classes)
@@ -157,22 +157,5 @@ def _present(records: list[Record]) -> datasets.Dataset:
 def _records_of(records: list[Record], classes: Collection[str] | None) -> list[Record]:
     if classes is None:
         return records
-    _refuse_unknown(classes, {record.class_name for record in records})
+    refuse_unknown(classes, {record.class_name for record in records})
     return [record for record in records if record.class_name in classes]
-
-
-def _only_classes(
-    rows: datasets.Dataset | datasets.IterableDataset, classes: Collection[str] | None
-) -> datasets.Dataset | datasets.IterableDataset:
-    import datasets
-
-    if classes is None:
-        return rows
-    if isinstance(rows, datasets.Dataset):
-        _refuse_unknown(classes, set(rows.unique("class_name")))
-    return rows.filter(lambda class_name: class_name in classes, input_columns=["class_name"])
-
-
-def _refuse_unknown(classes: Collection[str], known: set[str]) -> None:
-    if unknown := sorted(set(classes) - known):
-        raise DatasetError(f"no class {', '.join(unknown)}; there is {', '.join(sorted(known))}")
