@@ -260,7 +260,8 @@ def test_the_table_of_experts_groups_seeds_under_equal_settings():
     heading, first, *rest = experts.tabulate([result(0, 0.6), result(1, 0.8), *others, plain])
     assert dict(zip(heading, first, strict=True)) == {
         "variant": "paper", "steps": "300", "batch": "8", "pixels": "112", "CLIP": "0123abcd", "seeds": "2",
-        "pixel AUROC": "0.700 ± 0.141", "pixel AP": "0.700 ± 0.141", "AUPRO": "0.700 ± 0.141", "image AUROC": "0.700 ± 0.141",
+        "pixel AUROC": "0.700 ± 0.141", "pixel AP": "0.700 ± 0.141", "AUPRO": "0.700 ± 0.141",
+        "image AUROC": "0.700 ± 0.141",
         "gain in pixel AUROC": "+0.200 ± 0.141", "gain in pixel AP": "+0.200 ± 0.141", "cosine": "0.5",
         "drift": "0.1", "smallest load": "0.125", "grad norm of B, first": "7", "last": "2",
     }  # fmt: skip
