@@ -9,10 +9,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from scipy import ndimage
 from training_runs import interrupt_second_step, write_folder, write_plain_clip
+from typer.testing import CliRunner
 
 from benchmarks import experts
 from examples import checkpoint_card, make_checkpoint
 from examples.make_checkpoint import TEXTURES
+from moeclip_hf.cli import app
 from moeclip_hf.data import load_folder
 from moeclip_hf.data.textures import TOLERANCE, add_defect
 from moeclip_hf.data.textures.splits import VALIDATION_FAMILIES
@@ -38,7 +40,16 @@ def made(tmp_path_factory, tokenizer):
         "test": (("straw", "felt", "denim", "burlap"), ("hole",), 2, 2, 4),
         "test_unseen_defects": (("straw",), ("debris",), 2, 2, 5),
     }
+    in_a_process = make_checkpoint.run
+
+    def run(module, name, *words):
+        if name != "evaluate":
+            in_a_process(module, name, *words)
+        elif (ended := CliRunner().invoke(app, [name, *map(str, words)])).exit_code:  # three times, hence here
+            raise AssertionError(ended.output) from ended.exception
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make_checkpoint, "run", run)
         patch.setattr(make_checkpoint, "TEXTURES", textures)
         patch.setattr(make_checkpoint, "PICTURE_SIZE", 64)
         patch.setattr(make_checkpoint, "CROPS_A_PHOTOGRAPH", 4)
