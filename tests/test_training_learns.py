@@ -43,7 +43,8 @@ def test_training_beats_the_unadapted_clip_on_unseen_families_by_a_wide_margin(t
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), *launcher]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(SCRIPT)]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))] + ["--fresh", "--cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}  # two threads each on two cores wait for each other
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     trained = evaluate(load_pretrained(tmp_path / "run", device="cpu"), load_folder(unseen)).metrics
     print(processes, {name: (round(plain[name], 3), round(trained[name], 3)) for name in plain})
