@@ -95,7 +95,6 @@ def score_batches(
         UnreadableImageError: naming the first image that cannot be read, or whose mask cannot.
     """
     model, processor = pretrained
-    model.eval()  # a trainer leaves it in training mode
     prompt_names = list(rows["prompt_name"])
     anchors = {
         name: pretrained.encode_class(name)
