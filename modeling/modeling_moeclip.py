@@ -4,6 +4,7 @@ Shapes: B images, N = h x w patches, d vision width, D embedding width, C classe
 tap and window size), K experts.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_moeclip import MoECLIPConfig
 from .loss_moeclip import classification_loss, segmentation_loss
-from .moe_lora import MoELora, in_float32, record_outputs, vector_norm
+from .moe_lora import MoELora, MoELoraOutput, in_float32, record_outputs, vector_norm
 from .vision_moeclip import MoECLIPQuickGELU, MoECLIPVisionEmbeddings
 
 # The factor on cosines between patches and anchors.
@@ -306,23 +307,38 @@ class MoECLIPModel(CLIPModel):
         """
         return self.pool_prompt_features(self.get_prompt_features(input_ids, attention_mask), prompt_groups)
 
-    def _encode_patches(self, pixel_values: torch.Tensor, output_losses: bool):
-        """Loop over the vision tower's blocks: adapt what is to be adapted, collect the taps."""
+    def _taps(
+        self, pixel_values: torch.Tensor, adapted: list[MoELoraOutput], output_losses: bool
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Run the vision tower's blocks: add to `adapted` what experts return, yield taps (B, N, d) by their layer."""
         config, tower = self.config, self.vision_model
         hidden_states = tower.pre_layrnorm(tower.embeddings(pixel_values, interpolate_pos_encoding=True))
-        taps = {}
         moe_layers = dict(zip(config.moe_layers, self.moe_layers, strict=True))
         depth = max(config.feature_layers[-1], *(block + 1 for block in moe_layers), 0)
-        # A block that a PEFT adapter wraps returns what its experts made of it, and records the rest.
-        with record_outputs(tower) as adapted:
-            for index, block in enumerate(tower.encoder.layers[:depth]):
-                hidden_states = block(hidden_states, None)
-                if index in moe_layers:
-                    adapted.append(moe_layers[index](hidden_states, output_losses))
-                    hidden_states = adapted[-1].hidden_states
-                if index + 1 in config.feature_layers:
-                    taps[index + 1] = hidden_states[:, 1:]
-        return taps, adapted
+        for index, block in enumerate(tower.encoder.layers[:depth]):
+            hidden_states = block(hidden_states, None)
+            if index in moe_layers:
+                adapted.append(moe_layers[index](hidden_states, output_losses))
+                hidden_states = adapted[-1].hidden_states
+            if index + 1 in config.feature_layers:
+                yield index + 1, hidden_states[:, 1:]
+
+    def _score_patches(
+        self, patches: torch.Tensor, tap: int, grid: tuple[int, int], direction: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """
+        Embed a tap's patches (B, N, d) at every window size, (B, N, D) each, and compare them with the anchors.
+
+        Returns:
+            The embeddings, and their products (B, N) with the difference (B, D, 1) of the anchors.
+        """
+        # Modules are called, not read: hooks may have to bring their weights from elsewhere.
+        post_layernorm = self.vision_model.post_layernorm
+        norm_bias = post_layernorm(torch.zeros_like(patches[0, 0]))
+        normalised = post_layernorm(patches).unflatten(1, grid)
+        patch_embeds = self.patch_projection(patches.unflatten(1, grid), normalised, norm_bias, tap)
+        wide = map(in_float32, patch_embeds)
+        return patch_embeds, [(embeds @ direction.to(embeds)).squeeze(-1) for embeds in wide]
 
     @can_return_tuple
     def forward(
@@ -378,33 +394,24 @@ class MoECLIPModel(CLIPModel):
         anchors = _anchors_of_images(text_embeds, class_index, len(pixel_values))
 
         with_targets = labels is not None or masks is not None
-        taps, adapted = self._encode_patches(pixel_values, output_losses=with_targets and self.training)
-
-        # Modules are called, not read: hooks may have to bring their weights from elsewhere.
-        post_layernorm = self.vision_model.post_layernorm
-        normalised = {layer: post_layernorm(tap) for layer, tap in taps.items()}
-        norm_bias = post_layernorm(torch.zeros_like(taps[self.config.image_feature_layer][0, 0]))
-        patch_embeds = [
-            embeds
-            for tap, layer in enumerate(self.config.feature_layers)
-            # Windows overlap: what they keep for the backward pass is many times what they are made of.
-            for embeds in _computed_again(
-                self.patch_projection,
-                taps[layer].unflatten(1, grid),
-                normalised[layer].unflatten(1, grid),
-                norm_bias,
-                tap,
-            )
-        ]
-        image_embeds = self.depthwise_adapter(normalised[self.config.image_feature_layer])
-
-        anchors = anchors.to(image_embeds.device, torch.promote_types(image_embeds.dtype, torch.float32))
+        anchors = in_float32(anchors)
         direction = (anchors[:, 1] - anchors[:, 0]).unsqueeze(-1)
-        anomaly_logits = torch.stack(
-            [(in_float32(embeds) @ direction).squeeze(-1).unflatten(1, grid) for embeds in patch_embeds], dim=1
-        )
-        anomaly_logits = _PATCH_LOGIT_SCALE * anomaly_logits
-        logits_per_image = torch.einsum("bd,bsd->bs", in_float32(image_embeds), anchors)
+        patch_embeds: list[torch.Tensor] = []
+        patch_logits: list[torch.Tensor] = []
+        # A block that a PEFT adapter wraps returns what its experts made of it, and records the rest.
+        with record_outputs(self.vision_model) as adapted:
+            taps = self._taps(pixel_values, adapted, output_losses=with_targets and self.training)
+            # Each tap is scored where it comes up, so that its gradients do not wait for those of the others.
+            for tap, (layer, patches) in enumerate(taps):
+                # Windows overlap: what they keep for the backward pass is many times what they are made of.
+                embeds, logits = _computed_again(self, self._score_patches, patches, tap, grid, direction)
+                patch_embeds += embeds
+                patch_logits += logits
+                if layer == self.config.image_feature_layer:
+                    image_embeds = self.depthwise_adapter(self.vision_model.post_layernorm(patches))
+        anomaly_logits = _PATCH_LOGIT_SCALE * torch.stack(patch_logits, dim=1).unflatten(2, grid)
+        images = in_float32(image_embeds)
+        logits_per_image = torch.einsum("bd,bsd->bs", images, anchors.to(images))
 
         losses = self._losses(anomaly_logits, logits_per_image, adapted, labels, masks) if with_targets else None
         return MoECLIPOutput(
@@ -436,10 +443,10 @@ class MoECLIPModel(CLIPModel):
         return torch.stack([weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum()
 
 
-def _computed_again(module: nn.Module, *inputs: Any) -> Any:
-    """Call a module; in training its backward pass computes again what lies between its inputs and outputs."""
-    training = module.training and torch.is_grad_enabled()
-    return checkpoint(module, *inputs, use_reentrant=False) if training else module(*inputs)
+def _computed_again(model: nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
+    """Call a part of a model; in training its backward pass computes again what lies between inputs and outputs."""
+    training = model.training and torch.is_grad_enabled()
+    return checkpoint(function, *inputs, use_reentrant=False) if training else function(*inputs)
 
 
 def _check_targets(num_images: int, labels: torch.Tensor | None, masks: torch.Tensor | None) -> None:
