@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_moeclip import MoECLIPConfig
 from .loss_moeclip import classification_loss, segmentation_loss
-from .moe_lora import MoELora, MoELoraOutput, in_float32, record_outputs, vector_norm
+from .moe_lora import MoELora, MoELoraOutput, in_float32, record_outputs, vector_norm, without_autocast
 from .vision_moeclip import MoECLIPQuickGELU, MoECLIPVisionEmbeddings
 
 # The factor on cosines between patches and anchors.
@@ -75,7 +75,9 @@ class MoECLIPTextAdapter(nn.Module):
         self.activation = nn.LeakyReLU(0.01)
 
     def forward(self, text_features: torch.Tensor) -> torch.Tensor:
-        return self.activation(self.projection(text_features))
+        # The anchors are nearly parallel: rounding in half precision would be much of their difference.
+        with without_autocast(text_features):
+            return self.activation(self.projection(text_features.to(self.projection.weight.dtype)))
 
 
 class MoECLIPPatchProjection(nn.Module):
@@ -337,8 +339,9 @@ class MoECLIPModel(CLIPModel):
         norm_bias = post_layernorm(torch.zeros_like(patches[0, 0]))
         normalised = post_layernorm(patches).unflatten(1, grid)
         patch_embeds = self.patch_projection(patches.unflatten(1, grid), normalised, norm_bias, tap)
-        wide = map(in_float32, patch_embeds)
-        return patch_embeds, [(embeds @ direction.to(embeds)).squeeze(-1) for embeds in wide]
+        with without_autocast(patches):
+            wide = map(in_float32, patch_embeds)
+            return patch_embeds, [(embeds @ direction.to(embeds)).squeeze(-1) for embeds in wide]
 
     @can_return_tuple
     def forward(
@@ -411,7 +414,8 @@ class MoECLIPModel(CLIPModel):
                     image_embeds = self.depthwise_adapter(self.vision_model.post_layernorm(patches))
         anomaly_logits = _PATCH_LOGIT_SCALE * torch.stack(patch_logits, dim=1).unflatten(2, grid)
         images = in_float32(image_embeds)
-        logits_per_image = torch.einsum("bd,bsd->bs", images, anchors.to(images))
+        with without_autocast(images):
+            logits_per_image = torch.einsum("bd,bsd->bs", images, anchors.to(images))
 
         losses = self._losses(anomaly_logits, logits_per_image, adapted, labels, masks) if with_targets else None
         return MoECLIPOutput(

@@ -22,6 +22,11 @@ def in_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def without_autocast(tensor: torch.Tensor) -> torch.autocast:
+    """A context in which products keep the types of what they are given, on the device of a tensor."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def vector_norm(vectors: torch.Tensor) -> torch.Tensor:
     """Lengths of vectors (..., d), (..., 1), accumulated in float32 at least."""
     dtype = torch.promote_types(vectors.dtype, torch.float32)
@@ -148,8 +153,9 @@ def expert_gram(codes: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
         `torch.Tensor` of shape (..., K, K), float32; outputs shorter than 1e-6 count as of that length.
     """
     codes, lora_B = in_float32(codes), in_float32(lora_B)
-    products = torch.einsum("idp,jdq->ipjq", lora_B, lora_B)
-    gram = torch.einsum("...ip,ipjq,...jq->...ij", codes, products, codes)
+    with without_autocast(codes):
+        products = torch.einsum("idp,jdq->ipjq", lora_B, lora_B)
+        gram = torch.einsum("...ip,ipjq,...jq->...ij", codes, products, codes)
     squared_norms = gram.diagonal(dim1=-2, dim2=-1).clamp_min(_NORM_EPS**2)
     inverse_norms = squared_norms.rsqrt()
     return gram * inverse_norms.unsqueeze(-1) * inverse_norms.unsqueeze(-2)
@@ -201,7 +207,7 @@ class MoELoraRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, num_features))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with without_autocast(hidden_states):
             return F.linear(in_float32(hidden_states), in_float32(self.weight))
 
 
@@ -332,4 +338,5 @@ __all__ = [
     "record_outputs",
     "route",
     "vector_norm",
+    "without_autocast",
 ]

@@ -273,6 +273,22 @@ def test_half_precision_trains_without_a_non_finite_gradient():
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
+def test_cosines_and_anchors_are_not_rounded_under_autocast():
+    model, pixel_values, prompts = tiny_model(), random_pixels(), random_prompts()
+    with torch.no_grad():
+        features = model.get_prompt_features(prompts["input_ids"])
+        expected = model.pool_prompt_features(features, prompts["prompt_groups"])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            anchors = model.pool_prompt_features(features, prompts["prompt_groups"])
+            outputs = model(pixel_values, text_embeds=anchors)
+    torch.testing.assert_close(anchors, expected)
+    assert outputs.patch_embeds[0].dtype == torch.bfloat16  # the towers and projections do round
+    direction = (anchors[:, 1] - anchors[:, 0]).squeeze(0)
+    logits = 100 * torch.stack([embeds.float() @ direction for embeds in outputs.patch_embeds], dim=1)
+    torch.testing.assert_close(outputs.anomaly_logits.flatten(2), logits)
+    torch.testing.assert_close(outputs.logits_per_image, outputs.image_embeds.float() @ anchors[0].T)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_attention_implementations_agree(implementation):
     model, pixel_values, anchors = tiny_model(), random_pixels(), random_anchors()
