@@ -37,7 +37,8 @@ SUITE: dict[str, tuple[str, ...]] = {
 HEAD = """# Benchmarks
 
 Written by `python -m benchmarks`. Sides run in turn in one process unless a table says otherwise, and ratios are
-medians over at least five rounds of pairs from the same round; how cost grows is one round a value. Models have
+medians over at least five rounds of pairs from the same round. Memory, the seconds of metrics, and how cost grows are
+of one run each. A section is headed by the command that it comes from. Models have
 ViT-L/14's sizes and random weights, on which speed does not depend, unless a table names another. What was done about
 each figure, and why a goal is missed where one is, stands in [performance.md](performance.md).
 """

@@ -98,7 +98,10 @@ def publish(reports: Sequence[Report], output: Path | None) -> None:
 
 def describe(goal: Goal) -> str:
     relation = "at least" if goal.at_least else "at most"
-    told = f"{goal.measured:.3g}{goal.unit}, goal {relation} {goal.limit:.3g}{goal.unit}"
+    measured = f"{goal.measured:.3g}"
+    if float(measured) == goal.limit:  # on which side of it?
+        measured = f"{goal.measured:.5g}"
+    told = f"{measured}{goal.unit}, goal {relation} {goal.limit:.3g}{goal.unit}"
     return told if goal.is_held else f"{told}: missed"
 
 

@@ -73,6 +73,10 @@ def test_a_goal_is_held_up_to_its_limit_and_described_with_its_direction(measure
     assert describe(goal) == f"{measured:.3g} s, goal {direction} 1 s" + ("" if held else ": missed")
 
 
+def test_a_goal_missed_by_little_is_told_with_the_digits_that_miss_it():
+    assert describe(Goal("figure", 1.3002, 1.3, unit=" GB")) == "1.3002 GB, goal at most 1.3 GB: missed"
+
+
 def test_timing_rows_tell_median_least_most_and_ratio():
     seconds = {"side": [2.0, 9.0, 4.0], "reference": [1.0, 3.0, 4.0]}
     assert report.timing_rows(seconds, "reference", digits=1) == [

@@ -352,6 +352,15 @@ def test_auxiliary_losses_are_live_in_training_alone_and_reach_the_experts():
         assert layer.router.weight.grad.abs().sum() > 0
 
 
+def test_nothing_is_recorded_below_the_first_adapted_block():
+    model = tiny_model(moe_layers=(2, 5)).freeze_backbone().train()
+    recorded = []
+    for block in model.vision_model.encoder.layers:
+        block.register_forward_hook(lambda block, inputs, output: recorded.append(output.requires_grad))
+    model(random_pixels(), text_embeds=random_anchors(), labels=torch.tensor([0, 1]))
+    assert recorded == [False] * 3 + [True] * 5
+
+
 def test_prompt_features_computed_once_give_the_same_anchors():
     model, prompts = tiny_model(), random_prompts(3)
     groups = prompts["prompt_groups"]
