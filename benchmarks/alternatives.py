@@ -1,4 +1,4 @@
-"""Forms of the forward pass that were tried, taken and not taken, beside the one that stands.
+"""Forms of a forward pass and of its parts that were tried, beside those that stand.
 
     python -m benchmarks.alternatives [--image-size 518] [--rounds 5]
 
@@ -72,7 +72,6 @@ def parts(model: MoECLIPModel, image_size: int) -> dict[str, tuple[int, Form, Fo
     convolution = embeddings.patch_embedding
     wide_pixels = pixel_values.contiguous(memory_format=torch.channels_last)
     wide_convolution = copy.deepcopy(convolution).to(memory_format=torch.channels_last)
-    own_grid = convolution(pixel_values)
 
     def project_first() -> None:
         projection(patches, tower.post_layernorm(patches), tower.post_layernorm(torch.zeros(width)), 0)
@@ -83,12 +82,13 @@ def parts(model: MoECLIPModel, image_size: int) -> dict[str, tuple[int, Form, Fo
             unit_length(projection.activation(projected))
 
     taps, layers = len(model.config.feature_layers), len(model.moe_layers)
-    resample = lambda: embeddings.interpolate_pos_encoding(own_grid, image_size, image_size)  # noqa: E731
     return {
         "embed a tap's patches: project and pool; pool and project each window size": (
             taps, project_first, pool_first
         ),
-        "resample position embeddings: each time; once": (1, resample, lambda: None),
+        "resample position embeddings: each time; once": (
+            1, lambda: embeddings.interpolate_pos_encoding(pixel_values, image_size, image_size), lambda: None
+        ),
         "embed pixels: channels first; channels last": (
             1, lambda: convolution(pixel_values), lambda: wide_convolution(wide_pixels)
         ),

@@ -4,8 +4,8 @@ Shapes: B images, N = h x w patches, d vision width, D embedding width, C classe
 tap and window size), K experts.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_moeclip import MoECLIPConfig
 from .loss_moeclip import classification_loss, segmentation_loss
-from .moe_lora import MoELora, MoELoraOutput, in_float32, record_outputs, vector_norm, without_autocast
+from .moe_lora import MoELora, in_float32, record_outputs, vector_norm, without_autocast
 from .vision_moeclip import MoECLIPQuickGELU, MoECLIPVisionEmbeddings
 
 # The factor on cosines between patches and anchors.
@@ -75,9 +75,12 @@ class MoECLIPTextAdapter(nn.Module):
         self.activation = nn.LeakyReLU(0.01)
 
     def forward(self, text_features: torch.Tensor) -> torch.Tensor:
-        # The anchors are nearly parallel: rounding in half precision would be much of their difference.
+        # Anchors are nearly parallel, and autocast's rounding is not small beside their difference.
+        weight = self.projection.weight
+        if isinstance(weight, torch.Tensor) and weight.is_floating_point():  # a quantised one takes what comes
+            text_features = text_features.to(weight.dtype)
         with without_autocast(text_features):
-            return self.activation(self.projection(text_features.to(self.projection.weight.dtype)))
+            return self.activation(self.projection(text_features))
 
 
 class MoECLIPPatchProjection(nn.Module):
@@ -309,22 +312,6 @@ class MoECLIPModel(CLIPModel):
         """
         return self.pool_prompt_features(self.get_prompt_features(input_ids, attention_mask), prompt_groups)
 
-    def _taps(
-        self, pixel_values: torch.Tensor, adapted: list[MoELoraOutput], output_losses: bool
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Run the vision tower's blocks: add to `adapted` what experts return, yield taps (B, N, d) by their layer."""
-        config, tower = self.config, self.vision_model
-        hidden_states = tower.pre_layrnorm(tower.embeddings(pixel_values, interpolate_pos_encoding=True))
-        moe_layers = dict(zip(config.moe_layers, self.moe_layers, strict=True))
-        depth = max(config.feature_layers[-1], *(block + 1 for block in moe_layers), 0)
-        for index, block in enumerate(tower.encoder.layers[:depth]):
-            hidden_states = block(hidden_states, None)
-            if index in moe_layers:
-                adapted.append(moe_layers[index](hidden_states, output_losses))
-                hidden_states = adapted[-1].hidden_states
-            if index + 1 in config.feature_layers:
-                yield index + 1, hidden_states[:, 1:]
-
     def _score_patches(
         self, patches: torch.Tensor, tap: int, grid: tuple[int, int], direction: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -339,9 +326,10 @@ class MoECLIPModel(CLIPModel):
         norm_bias = post_layernorm(torch.zeros_like(patches[0, 0]))
         normalised = post_layernorm(patches).unflatten(1, grid)
         patch_embeds = self.patch_projection(patches.unflatten(1, grid), normalised, norm_bias, tap)
-        with without_autocast(patches):
-            wide = map(in_float32, patch_embeds)
-            return patch_embeds, [(embeds @ direction.to(embeds)).squeeze(-1) for embeds in wide]
+        wide = [in_float32(embeds) for embeds in patch_embeds]
+        direction = direction.to(wide[0])
+        with without_autocast(direction):
+            return patch_embeds, [(embeds @ direction).squeeze(-1) for embeds in wide]
 
     @can_return_tuple
     def forward(
@@ -399,19 +387,34 @@ class MoECLIPModel(CLIPModel):
         with_targets = labels is not None or masks is not None
         anchors = in_float32(anchors)
         direction = (anchors[:, 1] - anchors[:, 0]).unsqueeze(-1)
+        # Windows overlap: what they keep for the backward pass is many times what they are made of.
+        is_recorded = self.training and torch.is_grad_enabled()
+        score_patches = (
+            partial(checkpoint, self._score_patches, use_reentrant=False) if is_recorded else self._score_patches
+        )
+
+        tower, layers = self.vision_model, self.config.feature_layers
+        moe_layers = dict(zip(self.config.moe_layers, self.moe_layers, strict=True))
+        depth = max(layers[-1], *(block + 1 for block in moe_layers), 0)
         patch_embeds: list[torch.Tensor] = []
         patch_logits: list[torch.Tensor] = []
+        hidden_states = tower.pre_layrnorm(tower.embeddings(pixel_values, interpolate_pos_encoding=True))
         # A block that a PEFT adapter wraps returns what its experts made of it, and records the rest.
-        with record_outputs(self.vision_model) as adapted:
-            taps = self._taps(pixel_values, adapted, output_losses=with_targets and self.training)
-            # Each tap is scored where it comes up, so that its gradients do not wait for those of the others.
-            for tap, (layer, patches) in enumerate(taps):
-                # Windows overlap: what they keep for the backward pass is many times what they are made of.
-                embeds, logits = _computed_again(self, self._score_patches, patches, tap, grid, direction)
+        with record_outputs(tower) as adapted:
+            for layer, block in enumerate(tower.encoder.layers[:depth], start=1):
+                hidden_states = block(hidden_states, None)
+                if layer - 1 in moe_layers:
+                    adapted.append(moe_layers[layer - 1](hidden_states, with_targets and self.training))
+                    hidden_states = adapted[-1].hidden_states
+                if layer not in layers:
+                    continue
+                # Scored here, so that a tap's gradients do not wait for those of all others.
+                patches = hidden_states[:, 1:]
+                embeds, logits = score_patches(patches, layers.index(layer), grid, direction)
                 patch_embeds += embeds
                 patch_logits += logits
                 if layer == self.config.image_feature_layer:
-                    image_embeds = self.depthwise_adapter(self.vision_model.post_layernorm(patches))
+                    image_embeds = self.depthwise_adapter(tower.post_layernorm(patches))
         anomaly_logits = _PATCH_LOGIT_SCALE * torch.stack(patch_logits, dim=1).unflatten(2, grid)
         images = in_float32(image_embeds)
         with without_autocast(images):
@@ -445,12 +448,6 @@ class MoECLIPModel(CLIPModel):
         """L = L_seg + L_ac + the ETF and the balance term by their coefficients."""
         weights = {"etf": self.config.etf_loss_coef, "balance": self.config.router_aux_loss_coef}
         return torch.stack([weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum()
-
-
-def _computed_again(model: nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
-    """Call a part of a model; in training its backward pass computes again what lies between inputs and outputs."""
-    training = model.training and torch.is_grad_enabled()
-    return checkpoint(function, *inputs, use_reentrant=False) if training else function(*inputs)
 
 
 def _check_targets(num_images: int, labels: torch.Tensor | None, masks: torch.Tensor | None) -> None:

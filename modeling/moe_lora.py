@@ -5,13 +5,14 @@ leading dimensions (images, tokens), d features, K experts, r the rank of an exp
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
+from transformers.utils.generic import maybe_autocast
 
 # Added to norms so that a token whose experts answer with zero stays finite.
 _NORM_EPS = 1e-6
@@ -22,9 +23,9 @@ def in_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def without_autocast(tensor: torch.Tensor) -> torch.autocast:
+def without_autocast(tensor: torch.Tensor) -> AbstractContextManager:
     """A context in which products keep the types of what they are given, on the device of a tensor."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    return maybe_autocast(tensor.device.type, enabled=False)
 
 
 def vector_norm(vectors: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,7 @@ def test_a_checkpoint_comes_back_bit_equal(tmp_path, dtype, max_shard_size):
         "depthwise_adapter",
         "moe_layers",
         "text_model",
+        "text_adapter",
     ],
 )
 def test_parts_may_rest_on_the_disk_until_they_are_needed(tmp_path, part):

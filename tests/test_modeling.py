@@ -273,6 +273,16 @@ def test_half_precision_trains_without_a_non_finite_gradient():
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_anchors_may_be_of_another_type_than_the_model(dtype):
+    model, pixel_values, anchors = tiny_model(), random_pixels(), random_anchors().to(dtype)
+    with torch.no_grad():
+        expected = model(pixel_values, text_embeds=anchors.float())
+        outputs = model(pixel_values, text_embeds=anchors)
+    torch.testing.assert_close(outputs.anomaly_logits, expected.anomaly_logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(outputs.logits_per_image, expected.logits_per_image)
+
+
 def test_cosines_and_anchors_are_not_rounded_under_autocast():
     model, pixel_values, prompts = tiny_model(), random_pixels(), random_prompts()
     with torch.no_grad():
@@ -350,6 +360,21 @@ def test_auxiliary_losses_are_live_in_training_alone_and_reach_the_experts():
     for layer in model.moe_layers:
         assert layer.lora_B.grad.abs().sum() > 0
         assert layer.router.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_training_step_has_the_gradients_of_the_eager_one():
+    gradients = []
+    for compiled in (False, True):
+        model = tiny_model(lora_dropout=0.0).freeze_backbone().train()
+        run = torch.compile(model, backend="eager") if compiled else model
+        masks = torch.zeros(2, 20, 20)
+        masks[1, :9] = 1
+        run(random_pixels(), text_embeds=random_anchors(), labels=torch.tensor([0, 1]), masks=masks).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, atol=1e-5, rtol=1e-3)
 
 
 def test_nothing_is_recorded_below_the_first_adapted_block():
