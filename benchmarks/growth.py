@@ -3,9 +3,10 @@
     python -m benchmarks.growth [--rounds 1] [--only resolution batch experts rank metrics predictions] [--most IMAGES]
 
 Forward pass beside the bare tower's, and forward pass and training step beside the plain implementation's, ViT-L/14's
-sizes, random weights, float32, in turn; seconds a batch. A round that is not counted comes first, unless the batch is
-of more than 2,000 tokens, whose round takes a minute. The plain step is left out where the attention weights that it
-keeps would take 4 GB. glibc is left as it is: told to keep memory, the plain form's largest images took 24 GB.
+sizes, random weights, float32, in turn, each value in a fresh process; seconds a batch. A round that is not counted
+comes first, unless the batch is of more than 2,000 tokens, whose round takes a minute. The plain step is left out
+where the attention weights that it keeps would take 4 GB. glibc is left as it is: told to keep memory, the plain
+form took 24 GB on the largest images.
 
 `metrics` and `predictions` grow in the number of images, each number in a fresh process: the seven metrics on
 simulated maps of 8 x 8, up to 1,000,000, and scoring files of 64 x 64 with a model that takes no time, up to 100,000.
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 from transformers import CLIPVisionModel
 
 from benchmarks.alternating import alternate
@@ -104,28 +106,25 @@ def sides_of(
         yield SIDES[4], training_side(model, images, image_size, plain)
 
 
-def time_batches(config: dict[str, int], batches: list[dict[str, int]], rounds: int) -> list[dict[str, float]]:
-    """Median seconds of each side on batches of a model."""
+def time_batch(config: dict[str, int], batch: dict[str, int], rounds: int) -> dict[str, float]:
+    """Median seconds of each side on a batch of a model."""
     model = random_model(**config, num_experts_per_tok=min(2, config.get("num_experts", 2)))
-    tower, plain, measured = bare_tower(model), PlainMoECLIP(model), []
-    for batch in batches:
-        is_warmed = batch["images"] * tokens_of(batch["image_size"]) <= MOST_WARMED_TOKENS
-        seconds = alternate(dict(sides_of(model, tower, plain, **batch)), rounds, uncounted=int(is_warmed))
-        measured.append({name: median(values) for name, values in seconds.items()})
-    return measured
+    is_warmed = batch["images"] * tokens_of(batch["image_size"]) <= MOST_WARMED_TOKENS
+    sides = dict(sides_of(model, bare_tower(model), PlainMoECLIP(model), **batch))
+    return {name: median(values) for name, values in alternate(sides, rounds, uncounted=int(is_warmed)).items()}
 
 
 def vary(name: str, rounds: int) -> Report:
-    """All values of a quantity, each model in a fresh process."""
+    """All values of a quantity, each in a fresh process."""
     quantity = QUANTITIES[name]
-    models = [{quantity.model: value} for value in quantity.values] if quantity.model else [{}]
-    batches = [BATCH | {quantity.batch: value} for value in quantity.values] if quantity.batch else [BATCH]
-    measured = [
-        seconds for config in models for seconds in apart(time_batches, config, batches, rounds, allocator="as-it-is")
-    ]
-    rows = [[name, *(f"{side}, s" for side in SIDES)]]
-    for value, seconds in zip(quantity.values, measured, strict=True):
+    rows, measured = [[name, *(f"{side}, s" for side in SIDES)]], []
+    for value in tqdm(quantity.values, desc=name):
+        config = {quantity.model: value} if quantity.model else {}
+        batch = BATCH | ({quantity.batch: value} if quantity.batch else {})
+        seconds = apart(time_batch, config, batch, rounds, allocator="as-it-is")
+        measured.append(seconds)
         rows.append([str(value), *(f"{seconds[side]:.2f}" if side in seconds else "-" for side in SIDES)])
+        tqdm.write(f"{name} {value}: " + ", ".join(f"{side} {taken:.2f} s" for side, taken in seconds.items()))
     series = {side: [seconds.get(side) for seconds in measured] for side in SIDES}
     draw(name, quantity.title, "seconds", quantity.values, series)
     return Report(f"Cost over {quantity.title}", rows, pictures=[f"images/growth_{name}.png"])
