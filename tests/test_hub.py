@@ -128,6 +128,16 @@ api.delete_file("model.safetensors", "ann/moved")
 push_to_hub("checkpoint", "ann/torn")
 api.upload_file(path_or_fileobj=b"# Written on the Hub", path_in_repo="README.md", repo_id="ann/torn")
 push_to_hub("checkpoint", "ann/torn", license="mit")
+
+# A CLIP from before there were safetensors, to train on.
+clip = CLIPModel.from_pretrained("clip")
+clip.config.push_to_hub("ann/pickled")
+processor.tokenizer.push_to_hub("ann/pickled")
+torch.save(clip.state_dict(), "pytorch_model.bin")
+api.upload_file(path_or_fileobj="pytorch_model.bin", path_in_repo="pytorch_model.bin", repo_id="ann/pickled")
+started, _ = start_model("ann/pickled", recipe)
+assert started.name_or_path == "ann/pickled"
+assert all(torch.equal(started.state_dict()[name], tensor) for name, tensor in clip.state_dict().items())
 """
 )
 

@@ -18,6 +18,7 @@ from moeclip_hf.cli import app
 from moeclip_hf.data import load_folder
 from moeclip_hf.data.textures import TOLERANCE, add_defect
 from moeclip_hf.data.textures.splits import VALIDATION_FAMILIES
+from moeclip_hf.evaluation import evaluate
 from moeclip_hf.evaluation.protocol import weights_digest
 from moeclip_hf.metrics import AnomalyMetrics
 from moeclip_hf.pretrained import load_pretrained
@@ -236,6 +237,18 @@ def test_embedded_checkpoint_stays_where_another_cannot_be_copied(tmp_path, monk
 def test_what_is_reported_is_not_what_was_scored_before_the_settings_were_chosen():
     assert {TEXTURES[name][-1] for name in ("test", "test_unseen_defects")}.isdisjoint({4, 5})
     assert make_checkpoint.PHOTOGRAPH_SEED != 6
+
+
+def test_other_names_are_evaluated_from_one_pass_as_one_evaluation_each_would(made):
+    pretrained, rows = load_pretrained(made / NAME, device="cpu", dtype="float32"), load_folder(made / "test")
+    classes = sorted(set(rows["prompt_name"]))
+    namings = [dict(zip(classes, reversed(classes), strict=True)), dict.fromkeys(classes, "object")]
+    found = make_checkpoint.evaluate_named(pretrained, rows, namings)
+    assert found[0] != found[1]
+    for naming, metrics in zip(namings, found, strict=True):
+        names = [naming[name] for name in rows["prompt_name"]]
+        renamed = rows.remove_columns("prompt_name").add_column("prompt_name", names).cast(rows.features)
+        assert metrics == pytest.approx(evaluate(pretrained, renamed).metrics, abs=1e-6)
 
 
 def test_photographs_are_crops_with_exact_masks_every_other_time(tmp_path, monkeypatch):

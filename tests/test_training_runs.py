@@ -1,6 +1,7 @@
 """Training runs: what is trained and saved, resuming, and what is told to the user."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -369,6 +370,21 @@ def test_going_on_from_a_moeclip_keeps_its_experts(clip, rows, tmp_path):
     processor.save_pretrained(tmp_path)
     second, _ = start_model(tmp_path, recipe, seed=1)
     assert all(torch.equal(second.state_dict()[name], tensor) for name, tensor in first.state_dict().items())
+
+
+def test_a_clip_from_before_safetensors_is_read_from_its_folder(clip, tmp_path):
+    """OpenAI's of 336 pixels is one, and holds the indices of its positions beside its weights."""
+    shutil.copytree(clip, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(
+        tensors | {"text_model.embeddings.position_ids": torch.arange(20)[None]}, tmp_path / "pytorch_model.bin"
+    )
+    recipe = get_recipe("paper", batch_size=4)
+    (new, _), (old, _) = start_model(clip, recipe), start_model(tmp_path, recipe)
+    assert old.name_or_path == old.config.name_or_path == str(tmp_path)
+    assert old.state_dict().keys() == new.state_dict().keys()
+    assert all(torch.equal(old.state_dict()[name], tensor) for name, tensor in new.state_dict().items())
 
 
 def test_source_that_is_no_checkpoint_is_named(tmp_path: Path):

@@ -82,14 +82,13 @@ def start_model(
             _refuse_other_parts(MoECLIPConfig.from_pretrained(folder), settings)
         check_weights(source, read_headers(folder), MoECLIPModel, settings, () if goes_on else MOECLIP_PARTS)
         loaded: Any = MoECLIPModel.from_pretrained(
-            source,
+            folder,
             config=settings,
             dtype=torch.float32,
-            use_safetensors=True,
             ignore_mismatched_sizes=fresh,
             output_loading_info=True,
         )
-        processor = _load_processor(source, settings, image_size)
+        processor = _load_processor(folder, settings, image_size)
     except Exception as error:  # whatever a missing, foreign or damaged checkpoint leads to
         reason = " ".join(str(error).split()).removeprefix(f"{source}: ") or type(error).__name__
         raise CheckpointError(f"{source}: cannot be loaded to train on: {reason}") from error
@@ -106,9 +105,9 @@ def start_model(
         # The towers are built in the type that the checkpoint is stored in.
         model = MoECLIPModel(settings).float()
         model.load_state_dict(clip_weights, strict=False)
-        model.name_or_path = source
     if not goes_on:
         draw_experts(model, recipe, seed)
+    model.name_or_path = model.config.name_or_path = source
     return model, processor
 
 
@@ -128,11 +127,11 @@ def _refuse_other_parts(stored: MoECLIPConfig, wanted: MoECLIPConfig) -> None:
         )
 
 
-def _load_processor(source: str, config: MoECLIPConfig, image_size: int | None) -> MoECLIPProcessor:
+def _load_processor(folder: Path, config: MoECLIPConfig, image_size: int | None) -> MoECLIPProcessor:
     """A MoECLIP's own processor; for a plain CLIP, its tokenizer, and images without crops."""
     vision: Any = config.vision_config
-    if image_size is None and _is_moeclip(source):
-        processor = MoECLIPProcessor.from_pretrained(source, trust_remote_code=False)
+    if image_size is None and _is_moeclip(folder):
+        processor = MoECLIPProcessor.from_pretrained(folder, trust_remote_code=False)
         # Thresholds were chosen on scores of the model as it was.
         processor.image_threshold = processor.pixel_threshold = 0.5
         return processor
@@ -142,7 +141,7 @@ def _load_processor(source: str, config: MoECLIPConfig, image_size: int | None) 
         size = {"height": image_size, "width": image_size}
         images = MoECLIPImageProcessor(size=size, patch_size=vision.patch_size)
     return MoECLIPProcessor(
-        image_processor=images, tokenizer=AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        image_processor=images, tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     )
 
 
