@@ -47,12 +47,28 @@ def save_moeclip(
 
 
 def save_clip(
-    model: CLIPModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, dtype: torch.dtype = torch.float32
+    model: CLIPModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    **statistics: Any,
 ) -> None:
-    """Write a complete CLIP checkpoint, with the processor that CLIP was trained with; see [`save_moeclip`]."""
+    """
+    Write a complete CLIP checkpoint, with the processor that CLIP was trained with.
+
+    Args:
+        model, tokenizer, folder, dtype: as in [`save_moeclip`].
+        statistics: `image_mean` and `image_std`, a number a channel, of a CLIP that was trained with others than
+            OpenAI's; see [`image_statistics`].
+
+    Raises:
+        ConversionError: if a weight is too large for `dtype`.
+    """
     vision: Any = model.config.vision_config
     edge = vision.image_size
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge})
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}, **statistics
+    )
     _save_weights(model, folder, dtype)
     CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(folder)
 

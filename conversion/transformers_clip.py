@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from transformers import AutoConfig, CLIPConfig, CLIPModel
+from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from moeclip_hf.conversion.assembly import (
     Settings,
@@ -79,6 +79,25 @@ def _load_repository(name: str) -> CLIPModel:
     except Exception as error:  # whatever a missing, foreign, damaged or unsafe checkpoint leads to
         reason = one_line(error).removeprefix(f"{name}: ")
         raise ConversionError(f"{name}: cannot be loaded as a CLIP: {reason}") from error
+
+
+def image_statistics(clip: str | Path) -> dict[str, list[float]]:
+    """
+    Read how a CLIP's images are normalised: `image_mean` and `image_std`, a number a channel.
+
+    Args:
+        clip: what [`load_clip`] takes by name.
+
+    Returns:
+        Nothing of a file of weights, nor of a repository without a processor.
+    """
+    if not is_repository(clip):
+        return {}
+    try:
+        settings, _ = CLIPImageProcessorPil.get_image_processor_dict(fetch_clip(clip))
+    except OSError:
+        return {}
+    return {name: settings[name] for name in ("image_mean", "image_std") if name in settings}
 
 
 def _rebuild(clip: CLIPConfig, tensors: Tensors, source: str, settings: Settings) -> CLIPModel:

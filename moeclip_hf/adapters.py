@@ -24,7 +24,7 @@ from moeclip_hf.stored_weights import (
     refuse_non_finite,
 )
 from moeclip_hf.tuner import MoELoraConfig, MoELoraLayer
-from moeclip_hf.tuner.model import vision_blocks
+from moeclip_hf.tuner.model import BASE_SETTINGS, vision_blocks
 
 # The same settings by their two names: of an adapter, and of a full checkpoint.
 _SETTING_NAMES = {
@@ -124,7 +124,8 @@ def load_adapter(
 
     Args:
         adapter (`str` or path): a folder or a Hub id.
-        base (`str` or path, *optional*): the CLIP's checkpoint; by default the one that the adapter names.
+        base (`str` or path, *optional*): the CLIP's checkpoint; by default the one that the adapter names, of the
+            revision that it names.
         adapter_name (`str`): the name that the adapter gets.
         is_trainable (`bool`): whether the adapter is to be trained on.
         revision (`str`, *optional*): of the adapter's Hub repository.
@@ -138,11 +139,12 @@ def load_adapter(
     """
     folder = fetch_adapter(adapter, revision)
     config, stored = _read_adapter(str(adapter), folder)
+    base_revision = None if base else config.revision
     base = base or config.base_model_name_or_path
     if base is None:
         raise CheckpointError(f"{adapter}: does not name its base: pass base, the CLIP that it was made over.")
     assert config.base_settings is not None  # or it would not have been read
-    bare = _load_base(str(base), str(adapter), config.base_settings, **base_kwargs)
+    bare = _load_base(str(base), str(adapter), config.base_settings, base_revision, **base_kwargs)
     try:
         adapted = PeftModel.from_pretrained(bare, str(folder), adapter_name=adapter_name, is_trainable=is_trainable)
     except KeyError as error:
@@ -177,22 +179,22 @@ def _read_adapter(adapter: str, folder: Path) -> tuple[MoELoraConfig, dict[str, 
     return config, stored
 
 
-def _load_base(base: str, adapter: str, settings: dict[str, Any], **kwargs: Any) -> MoECLIPModel:
+def _load_base(base: str, adapter: str, settings: dict[str, Any], revision: str | None, **kwargs: Any) -> MoECLIPModel:
     """The CLIP beneath an adapter, as a MoECLIP without experts."""
     try:
-        folder = fetch_clip(base)
-        pinned = {} if Path(base).is_dir() else {"revision": folder.name, "local_files_only": True}
+        folder = fetch_clip(base, revision)
         config = _base_config(folder, settings)
         missing = check_weights(base, read_headers(folder), MoECLIPModel, config, MOECLIP_PARTS)
         lacking = [name for name in missing if not name.startswith(MOECLIP_PARTS)]
         if lacking:
             raise CheckpointError(f"it lacks {len(lacking)} of the weights of a CLIP ({lacking[0]}, ...).")
         with quiet_transformers():  # of heads that a CLIP has not: the adapter brings them
-            bare = MoECLIPModel.from_pretrained(base, config=config, **kwargs, **pinned)
+            bare = MoECLIPModel.from_pretrained(folder, config=config, **kwargs)
     except Exception as error:  # whatever a missing, foreign or damaged checkpoint leads to
         reason = _one_line(error).removeprefix(f"{base}: ")
         raise CheckpointError(f"{base}: cannot be loaded as the base of {adapter}: {reason}") from error
     refuse_non_finite(base, bare.state_dict())
+    bare.name_or_path = bare.config.name_or_path = base
     return bare
 
 
@@ -214,6 +216,9 @@ def _experts_by_block(base: MoECLIPModel, adapter_name: str) -> dict[int, nn.Mod
 
 def _base_config(folder: Path, settings: dict[str, Any]) -> MoECLIPConfig:
     towers = ("text_config", "vision_config")
+    for name in settings:
+        if name not in (*BASE_SETTINGS, *towers):
+            raise CheckpointError(f"{name} ({settings[name]!r}) is no setting that an adapter relies on.")
     config = MoECLIPConfig.from_pretrained(
         folder, **{name: value for name, value in settings.items() if name not in towers}
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import shutil
@@ -18,8 +19,9 @@ from numpy.typing import ArrayLike
 from moeclip_hf.data import LABELS, Record, read_mask
 from moeclip_hf.data.records import to_dataset
 from moeclip_hf.errors import CheckpointError, MoECLIPError, UnreadableImageError
+from moeclip_hf.evaluation.checkpointing import write_whole
 from moeclip_hf.histogram import ScoreHistogram
-from moeclip_hf.pretrained import Pretrained
+from moeclip_hf.pretrained import PUBLISHED_FILES, Pretrained
 from moeclip_hf.reading import leave_undecoded, read_ahead, read_row
 
 if TYPE_CHECKING:
@@ -242,10 +244,11 @@ def score_for_calibration(
 
 def store_thresholds(folder: Path, thresholds: Thresholds) -> None:
     """
-    Write thresholds into a checkpoint folder's processor; nothing else of it changes.
+    Write thresholds into a checkpoint folder's processor, whole or not at all; nothing else of it changes.
 
     Raises:
         CheckpointError: if the folder holds no processor.
+        MoECLIPError: if it cannot be written, as on a full disk.
     """
     path = folder / _PROCESSOR_FILE
     try:
@@ -255,12 +258,14 @@ def store_thresholds(folder: Path, thresholds: Thresholds) -> None:
             f"{folder}: has no {_PROCESSOR_FILE}: save its processor there with MoECLIPProcessor.save_pretrained"
         ) from None
     settings |= {"image_threshold": thresholds.image, "pixel_threshold": thresholds.pixel}
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    write_whole(path, (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
 
 
 def copy_checkpoint(source: str | Path, output: Path, revision: str | None = None) -> None:
     """
-    Copy a checkpoint, a folder or a Hub repository, file by file.
+    Copy what makes a checkpoint, with its card, from a folder or a Hub repository.
+
+    Code and folders stay behind, such as the checkpoints of a run that ended in the one that is copied.
 
     Raises:
         CheckpointError: if the output folder is not empty.
@@ -269,8 +274,13 @@ def copy_checkpoint(source: str | Path, output: Path, revision: str | None = Non
     if not Path(source).is_dir():
         from huggingface_hub import snapshot_download
 
-        source = snapshot_download(str(source), revision=revision)
-    shutil.copytree(source, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git", ".cache"))
+        source = snapshot_download(
+            str(source), revision=revision, allow_patterns=list(PUBLISHED_FILES), ignore_patterns="*/*"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    for file in sorted(Path(source).iterdir()):
+        if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in PUBLISHED_FILES):
+            shutil.copy(file, output / file.name)
 
 
 def refuse_filled_folder(output: Path) -> None:

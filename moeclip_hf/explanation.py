@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 from torch.func import functional_call
 
-from moeclip_hf.errors import CheckpointError
+from moeclip_hf.errors import CheckpointError, MoECLIPError
 from moeclip_hf.modeling.image_processing_moeclip import ImageLike, to_rgb
 from moeclip_hf.modeling.moe_lora import (
     MoELora,
@@ -132,6 +132,7 @@ def explain(pretrained: Pretrained, image: ImageLike, class_name: str = "object"
 
     Raises:
         CheckpointError: if the model has no experts of its own.
+        MoECLIPError: if the image is too long a strip to keep its aspect ratio, or the model gives no finite scores.
     """
     model, processor = pretrained
     blocks = model.config.moe_layers
@@ -141,7 +142,10 @@ def explain(pretrained: Pretrained, image: ImageLike, class_name: str = "object"
             "moeclip_hf.adapters.adapter_to_full makes a model that has."
         )
     image = to_rgb(image)
-    pixel_values = processor(images=image, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+    try:
+        pixel_values = processor(images=image, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+    except ValueError as error:
+        raise MoECLIPError(str(error)) from error
     inputs = {"pixel_values": pixel_values, "text_embeds": pretrained.encode_class(class_name).clone()}
     # Nothing but hidden states takes part in the graph, which begins at the first experts: it costs little memory.
     weights: dict[str, torch.Tensor] = {
@@ -153,7 +157,10 @@ def explain(pretrained: Pretrained, image: ImageLike, class_name: str = "object"
         gradients = torch.autograd.grad(
             abnormal.sum(), [call.output.hidden_states for call in calls], allow_unused=True, materialize_grads=True
         )
-    result = processor.post_process_anomaly_detection(outputs, [(image.height, image.width)])[0]
+    try:
+        result = processor.post_process_anomaly_detection(outputs, [(image.height, image.width)])[0]
+    except ValueError as error:
+        raise MoECLIPError(str(error)) from error
     grid = abnormal.shape[-2:]
     layers = [
         _explain_layer(block + 1, call, gradient / grid.numel(), grid)

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 import moeclip_hf.modeling
@@ -332,7 +332,9 @@ def _is_stale(path: str, files: dict[str, Path | bytes]) -> bool:
 def _card_of_repository(repo_id: str, revision: str | None, token: str | None) -> str | None:
     try:
         return Path(hf_hub_download(repo_id, CARD, revision=revision, token=token)).read_text(encoding="utf-8")
-    except EntryNotFoundError:
+    except (
+        RemoteEntryNotFoundError
+    ):  # said by the Hub; a request that fails must not pass for a card that is not there
         return None
 
 

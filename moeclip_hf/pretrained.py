@@ -33,8 +33,10 @@ _CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt"]
 _CLIP_FILES = ["*.json", "model*.safetensors", "*.txt"]
 # Of a CLIP that was published before there were safetensors, as OpenAI's ViT-L/14 of 336 pixels; read as data too.
 _PICKLED_CLIP_FILES = ["pytorch_model*.bin"]
+# What a checkpoint's folder or repository holds beside its code.
+PUBLISHED_FILES = (*_CHECKPOINT_FILES, "*.md", "*.png", "LICENSE*")
 # What of a folder is read, or published.
-_READ_FILES = (*_CHECKPOINT_FILES, "*.bin", "*.md", "*.png", "LICENSE*")
+_READ_FILES = (*PUBLISHED_FILES, "*.bin")
 
 # Pixels; a larger image is cut into tiles. A processor that asks for more asks for gigabytes.
 _MAX_EDGE = 8192

@@ -1,5 +1,6 @@
 """Thresholds hold the false-alarm rate they promise, or the best F1 there is, and travel with the checkpoint."""
 
+import errno
 import json
 import re
 import shutil
@@ -14,12 +15,15 @@ from typer.testing import CliRunner
 
 from moeclip_hf.calibration import (
     CalibrationScores,
+    Thresholds,
     best_f1_threshold,
     calibrate_from_labels,
     calibrate_from_normal,
     conformal_threshold,
+    copy_checkpoint,
     normal_images,
     score_for_calibration,
+    store_thresholds,
 )
 from moeclip_hf.cli import app
 from moeclip_hf.data import load_folder
@@ -187,6 +191,31 @@ def test_machines_get_the_thresholds_that_are_stored(normal_folder, checkpoint, 
     assert again["normal_images"] == 15
     assert again["before"] == facts["thresholds"]
     assert load_pretrained(tmp_path / "a", device="cpu").processor.image_threshold == again["thresholds"]["image"]
+
+
+def test_a_copy_holds_no_code_and_no_steps_of_the_run(normal_folder, checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint, tmp_path / "run")
+    (source / "modeling_moeclip.py").write_text("raise SystemExit")
+    (source / "checkpoint-500").mkdir()
+    (source / "checkpoint-500" / "optimizer.pt").touch()
+    copy_checkpoint(source, tmp_path / "copy")
+    assert {file.name for file in (tmp_path / "copy").iterdir()} == {file.name for file in checkpoint.iterdir()}
+
+
+def test_thresholds_that_cannot_be_written_leave_the_old_ones(checkpoint, tmp_path, monkeypatch):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    before = (folder / "processor_config.json").read_bytes()
+
+    def fill_disk(path, content):
+        with path.open("wb") as file:
+            file.write(content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill_disk)
+    monkeypatch.setattr(Path, "write_text", lambda path, text: fill_disk(path, text.encode()))
+    with pytest.raises(MoECLIPError, match=r"processor_config\.json: cannot be written \(No space left"):
+        store_thresholds(folder, Thresholds(0.25, 0.75))
+    assert (folder / "processor_config.json").read_bytes() == before
 
 
 def test_labelled_images_give_best_f1(tmp_path):

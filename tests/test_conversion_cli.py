@@ -8,7 +8,7 @@ import torch
 from plain_bpe import PlainBPE, learn_merges, write_merges
 from plain_clip import PlainCLIP, plain_inputs
 from released_adapters import assert_same_adapter, random_adapter
-from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPProcessor
+from transformers import AutoModel, AutoProcessor, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from moeclip_hf import MoECLIPModel, MoECLIPProcessor
 from moeclip_hf.cli import main
@@ -142,6 +142,19 @@ def test_openai_writes_a_clip_folder(moeclip, files, tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in clip.state_dict().items())
     assert isinstance(AutoProcessor.from_pretrained(tmp_path), CLIPProcessor)
     assert MoECLIPProcessor.from_pretrained(tmp_path).image_processor.size == {"height": 12, "width": 12}
+
+
+def test_a_clip_keeps_how_its_images_are_normalised(moeclip, files, tmp_path, tokenizer):
+    clip = PlainCLIP(vocab_size=len(tokenizer)).state_dict()
+    config = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    convert_openai_clip(clip, text_config=config).save_pretrained(tmp_path / "clip")
+    tokenizer.save_pretrained(tmp_path / "clip")
+    images = CLIPImageProcessorPil(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4])
+    images.save_pretrained(tmp_path / "clip")
+    status, _, _ = moeclip("convert", "openai", "--clip", tmp_path / "clip", "--output", tmp_path / "out")
+    assert status == 0
+    stored = AutoProcessor.from_pretrained(tmp_path / "out").image_processor
+    assert (list(stored.image_mean), list(stored.image_std)) == ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
 
 
 def test_weights_are_stored_in_the_type_asked_for_and_refused_where_they_overflow(moeclip, files, tmp_path):

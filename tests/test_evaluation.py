@@ -200,6 +200,49 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(pretrained, tmp_path, mo
         evaluate(pretrained, rows, batch_size=2, image_size=EDGE, resume_dir=folder)
 
 
+def test_scores_of_another_domain_are_not_gone_on_with(pretrained, tmp_path):
+    """Maps are smoothed by the domain before they are kept."""
+    write_folder(tmp_path / "data")
+    evaluate(pretrained, load_data(tmp_path / "data"), image_size=EDGE, resume_dir=tmp_path / "unfinished")
+    with pytest.raises(MoECLIPError, match="domain industrial, not medical"):
+        evaluate(
+            pretrained,
+            load_data(tmp_path / "data", domain="medical"),
+            image_size=EDGE,
+            resume_dir=tmp_path / "unfinished",
+        )
+
+
+def test_settings_under_which_nothing_was_scored_bind_nobody(pretrained, tmp_path, monkeypatch):
+    write_folder(tmp_path / "data")
+    rows = load_data(tmp_path / "data")
+
+    def run_out_of_memory(*arguments, **options):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pretrained.model), "forward", run_out_of_memory)
+        with pytest.raises(MemoryError):
+            evaluate(pretrained, rows, batch_size=64, image_size=EDGE, resume_dir=tmp_path / "unfinished")
+    resumed = evaluate(pretrained, rows, batch_size=2, image_size=EDGE, resume_dir=tmp_path / "unfinished")
+    assert resumed.settings["batch_size"] == 2
+
+
+def test_a_finished_evaluation_leaves_what_others_have_scored(tmp_path):
+    for name in ("parts", "scans"):
+        write_folder(tmp_path / name)
+    others = tmp_path / "out" / ".unfinished" / "scans"
+    others.mkdir(parents=True)
+    (others / "000000.npz").touch()
+    arguments = ("--data-dir", tmp_path / "parts", "--output-dir", tmp_path / "out", "--no-pictures")
+    assert run(*arguments).exit_code == 0
+    assert (others / "000000.npz").exists() and not (others.parent / "parts").exists()
+    (others / "000000.npz").unlink()
+    others.rmdir()
+    assert run(*arguments).exit_code == 0
+    assert not others.parent.exists()
+
+
 def test_other_weights_do_not_go_on_with_these_scores(pretrained, tmp_path):
     write_folder(tmp_path / "data")
     rows = load_data(tmp_path / "data")
@@ -255,6 +298,11 @@ def test_mistakes_are_named_before_anything_is_scored(benchmarks, tmp_path, monk
     assert "one by one" in str(run("--dataset", "btad,BTAD", "--data-dir", benchmarks, *out).exception)
     monkeypatch.setattr("moeclip_hf.evaluation.pictures.find_spec", lambda name: None)
     assert "need matplotlib" in str(run("--dataset", "btad", "--data-dir", benchmarks, *out).exception)
+    assert not (tmp_path / "out").exists()
+
+    rows = load_data("btad", benchmarks)
+    with pytest.raises(MoECLIPError, match="images of 4 pixels hold no patch of 8"):
+        evaluate(pretrained, rows, image_size=4, resume_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
     import datasets

@@ -1,5 +1,6 @@
 """What `moeclip explain` says about experts, against plain computations on the same hidden states."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from moeclip_hf.cli import app
 from moeclip_hf.data.textures import render
-from moeclip_hf.errors import CheckpointError
+from moeclip_hf.errors import CheckpointError, MoECLIPError
 from moeclip_hf.explanation import Explanation, LayerExplanation, explain
 from moeclip_hf.pretrained import Pretrained, load_pretrained
 from moeclip_hf.visualization import draw_attributions, draw_routing
@@ -240,6 +241,18 @@ def test_the_command_writes_pictures_and_figures(tmp_path, explanation):
     table = run(*arguments)
     assert table.exit_code == 0
     assert "wire mesh" in table.stdout
+
+
+def test_what_cannot_be_scored_is_told(pretrained):
+    processor = copy.deepcopy(pretrained.processor)
+    processor.image_processor.size = {"shortest_edge": 32}
+    with pytest.raises(MoECLIPError, match="too long a strip"):
+        explain(Pretrained(pretrained.model, processor), Image.new("RGB", (90, 10)))
+    spoilt = load_pretrained(device="cpu")
+    with torch.no_grad():
+        spoilt.model.depthwise_adapter.pointwise.weight.fill_(float("nan"))
+    with pytest.raises(MoECLIPError, match="NaN"):
+        explain(spoilt, Image.new("RGB", (64, 64)))
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path):

@@ -81,6 +81,10 @@ ADAPTERS: dict[str, tuple[Spoil, str]] = {
     "an unknown type": (adapter_config(peft_type="EVIL"), "cannot be read as an adapter"),
     "an unknown activation": (adapter_config(base_settings__vision_config={"hidden_act": "evil"}), "'evil'"),
     "taps beyond the tower": (adapter_config(base_settings__feature_layers=[99]), r"\[99\]"),
+    "a setting that chooses code": (
+        adapter_config(base_settings__attn_implementation="kernels-community/evil"),
+        "attn_implementation .* is no setting that an adapter relies on",
+    ),
     "settings that are none": (adapter_config(base_settings=[1]), "cannot be loaded as the base"),
     "a list": (content("adapter_config.json", lambda b: b"[]"), "cannot be read as an adapter"),
     "weights elsewhere": (linked_out(ADAPTER_WEIGHTS), "out of its folder"),

@@ -216,3 +216,15 @@ def test_a_push_that_fails_leaves_the_repository_as_it_was(hub, tmp_path, method
     with pytest.raises(PublishingError, match=BUSY):
         push_to_hub(tmp_path / "checkpoint", "ann/it", token="hf_ann")
     assert hub.repositories["ann/it"].refs["main"] == hub.commit
+
+
+def test_a_card_that_cannot_be_asked_about_is_not_taken_for_one_that_is_not_there(hub, tmp_path):
+    """A folder without a card goes on from the repository's, which would be lost."""
+    shutil.copytree(EMBEDDED_CHECKPOINT, tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "README.md").unlink()
+    card = ("HEAD", "/ann/it/resolve/main/README.md")
+    hub.faults[card] = [503] * ALWAYS
+    with pytest.raises(PublishingError, match="try again"):
+        push_to_hub(tmp_path / "checkpoint", "ann/it", token="hf_ann")
+    assert len(hub.faults[card]) < ALWAYS, "the fault was never met"
+    assert hub.repositories["ann/it"].refs["main"] == hub.commit

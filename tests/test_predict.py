@@ -178,6 +178,16 @@ def test_results_of_files_with_one_name_do_not_overwrite_each_other(images, tmp_
     assert all((tmp_path / overlay).exists() for overlay in overlays)
 
 
+def test_results_stay_in_their_folder_however_files_are_named(images, tmp_path):
+    (tmp_path / "line").mkdir()
+    (tmp_path / "line" / "good.png").write_bytes((images / "good.png").read_bytes())
+    result = run("good.png", "../line/good.png", "--json", cwd=images)
+    overlays = [Path(json.loads(line)["overlay"]) for line in result.stdout.splitlines()]
+    assert len(set(overlays)) == 2
+    for overlay in overlays:
+        assert (images / overlay).exists() and ".." not in overlay.parts
+
+
 def test_a_score_does_not_depend_on_the_batch(images, pretrained):
     paths = find_images([images]) * 3
     scores = {size: [p.score for p in predict(pretrained, paths, "wood", batch_size=size)] for size in (1, 2, 6)}

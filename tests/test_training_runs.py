@@ -1,6 +1,8 @@
 """Training runs: what is trained and saved, resuming, and what is told to the user."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_runs import logged, tiny_trainer, write_folder, write_plain_clip
+from transformers import CLIPImageProcessorPil
 
 from moeclip_hf.data import load_folder
 from moeclip_hf.errors import CheckpointError, DatasetError, MoECLIPError
@@ -385,6 +388,51 @@ def test_a_clip_from_before_safetensors_is_read_from_its_folder(clip, tmp_path):
     assert old.name_or_path == old.config.name_or_path == str(tmp_path)
     assert old.state_dict().keys() == new.state_dict().keys()
     assert all(torch.equal(old.state_dict()[name], tensor) for name, tensor in new.state_dict().items())
+
+
+def test_a_clip_keeps_how_its_images_are_normalised_and_a_moeclip_its_domain_too(clip, tmp_path):
+    recipe = get_recipe("paper", batch_size=4)
+    shutil.copytree(clip, tmp_path / "clip")
+    CLIPImageProcessorPil(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]).save_pretrained(tmp_path / "clip")
+    model, processor = start_model(tmp_path / "clip", recipe)
+    assert processor.image_processor.size == {"height": 20, "width": 20}
+    processor.domain, processor.image_threshold = "medical", 0.25
+    model.save_pretrained(tmp_path / "moeclip")
+    processor.save_pretrained(tmp_path / "moeclip")
+    for source, size, domain in (("clip", 16, "industrial"), ("moeclip", 16, "medical"), ("moeclip", None, "medical")):
+        _, found = start_model(tmp_path / source, recipe, image_size=size)
+        assert (found.image_processor.image_mean, found.image_processor.image_std) == (
+            [0.5, 0.4, 0.3],
+            [0.2, 0.3, 0.4],
+        )
+        assert found.image_processor.size == {"height": size or 20, "width": size or 20}
+        assert (found.domain, found.image_threshold) == (domain, 0.5)
+
+
+def test_a_model_that_keeps_aspect_ratios_asks_for_a_size_to_train_at(clip, tmp_path):
+    recipe = get_recipe("paper", batch_size=4)
+    model, processor = start_model(clip, recipe)
+    processor.image_processor.size = {"shortest_edge": 20}
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="images of unlike shapes make no batch: name an image size"):
+        start_model(tmp_path, recipe)
+    assert start_model(tmp_path, recipe, image_size=16)[1].image_processor.size == {"height": 16, "width": 16}
+
+
+def test_a_model_is_saved_to_another_file_system_too(clip, rows, tmp_path, monkeypatch):
+    trainer = tiny_trainer(clip, rows, tmp_path / "run", max_steps=1)
+    replace = os.replace
+
+    def replace_within_a_disk(source, target):
+        if (tmp_path / "run" in Path(source).parents) != (tmp_path / "run" in Path(target).parents):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_within_a_disk)
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    assert {"config.json", "model.safetensors", "recipe.json"} <= {p.name for p in (tmp_path / "elsewhere").iterdir()}
+    assert load_pretrained(tmp_path / "elsewhere", device="cpu").model.config.moe_layers == [1, 3, 5, 7]
 
 
 def test_source_that_is_no_checkpoint_is_named(tmp_path: Path):

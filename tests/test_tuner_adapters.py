@@ -248,6 +248,22 @@ def test_a_base_that_is_not_there_is_named(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_base_is_loaded_in_the_revision_that_the_adapter_names(tmp_path, clip_folder, monkeypatch):
+    adapter = full_to_adapter(full_model(), base="ann/clip")
+    adapter.peft_config["default"].revision = "v1"
+    adapter.save_pretrained(tmp_path)
+    asked = []
+
+    def fetch(base, revision=None):
+        asked.append((base, revision))
+        return clip_folder
+
+    monkeypatch.setattr("moeclip_hf.adapters.fetch_clip", fetch)
+    assert load_adapter(tmp_path).get_base_model().name_or_path == "ann/clip"
+    load_adapter(tmp_path, base="ann/other")
+    assert asked == [("ann/clip", "v1"), ("ann/other", None)]
+
+
 def test_a_base_that_lacks_weights_of_clip_is_refused(tmp_path, clip_folder):
     full_to_adapter(full_model(), base=str(clip_folder)).save_pretrained(tmp_path / "adapter")
     clip = CLIPModel.from_pretrained(clip_folder)

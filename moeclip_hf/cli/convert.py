@@ -157,12 +157,18 @@ def openai(
     import torch
     from transformers.utils import logging
 
-    from moeclip_hf.conversion import load_clip, load_tokenizer, save_clip
+    from moeclip_hf.conversion import image_statistics, load_clip, load_tokenizer, save_clip
 
     logging.disable_progress_bar()
 
     model = load_clip(clip, **_heads(vision_heads, text_heads))
-    save_clip(model, load_tokenizer(tokenizer, model.config.text_config), output, dtype=getattr(torch, dtype.value))
+    save_clip(
+        model,
+        load_tokenizer(tokenizer, model.config.text_config),
+        output,
+        dtype=getattr(torch, dtype.value),
+        **image_statistics(clip),
+    )
     facts = {**_describe_towers(model.config), "activation": model.config.vision_config.hidden_act, "output": output}
     _report(facts, {"activation": "as this CLIP was pretrained with it"}, as_json)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -127,10 +128,15 @@ def _read_data_sets(
 
 def _finish(results: list[EvaluationResult], belongs_to: dict[str, Any], output_dir: Path, as_json: bool) -> None:
     import shutil
+    from contextlib import suppress
 
     from moeclip_hf.evaluation.results import summary_table, to_document
 
-    shutil.rmtree(output_dir / _UNFINISHED)
+    for result in results:  # another evaluation may have left its own there, or be under way
+        folder = output_dir / _UNFINISHED / result.dataset
+        shutil.rmtree(folder)
+        with suppress(OSError):  # not empty
+            os.removedirs(folder.parent)
     if as_json:
         print(json.dumps(to_document(results, belongs_to)))
         return

@@ -230,8 +230,8 @@ def _output_names(paths: list[Path]) -> dict[Path, str]:
     if len(set(stems)) == len(paths):
         names = stems
     else:
-        absolute = [path.absolute() for path in paths]
-        common = os.path.commonpath([path.parent for path in absolute])
+        absolute = [os.path.abspath(path) for path in paths]  # without .., which could lead out of the output folder
+        common = os.path.commonpath([os.path.dirname(full) for full in absolute])
         names = [os.path.relpath(full, common) for full in absolute]
     return {path: _shortened(name) for path, name in zip(paths, names, strict=True)}
 

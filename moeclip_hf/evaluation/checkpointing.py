@@ -33,13 +33,14 @@ class ScoredBatches:
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder = folder
         recorded = folder / _SETTINGS_FILE
-        if recorded.exists():
+        if recorded.exists() and self.numbers():
             _refuse_other_settings(recorded, settings, folder)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             # Left of a folder that was being deleted: nobody knows which settings they were scored under.
             for number in self.numbers():
                 self._path(number).unlink()
+            # Settings under which nothing was scored, as of a batch too large for the memory, bind nobody.
             write_whole(recorded, json.dumps(settings, indent=2).encode())
 
     def numbers(self) -> set[int]:
@@ -54,7 +55,8 @@ class ScoredBatches:
             MoECLIPError: if it cannot be written, as on a full disk.
         """
         content = io.BytesIO()
-        np.savez_compressed(content, allow_pickle=False, **batch.arrays())
+        arrays: dict[str, Any] = batch.arrays()
+        np.savez_compressed(content, **arrays)
         write_whole(self._path(number), content.getvalue())
 
     def load(self, number: int) -> ScoredBatch:

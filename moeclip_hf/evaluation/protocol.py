@@ -14,7 +14,7 @@ from torch import distributed
 
 from moeclip_hf._version import __version__
 from moeclip_hf.data.records import digest_rows
-from moeclip_hf.errors import DatasetError
+from moeclip_hf.errors import DatasetError, MoECLIPError
 from moeclip_hf.evaluation.checkpointing import ScoredBatches
 from moeclip_hf.evaluation.results import EvaluationResult, GroupResult
 from moeclip_hf.evaluation.scoring import Batch, ScoredBatch, Size, plan_batches, score_batches
@@ -64,7 +64,7 @@ def evaluate(
     Raises:
         DatasetError: if there are no images, or images of several data sets.
         UnreadableImageError: naming the first image that cannot be read.
-        MoECLIPError: if `resume_dir` holds an evaluation of other settings.
+        MoECLIPError: if `resume_dir` holds an evaluation of other settings, or images are smaller than a patch.
     """
     rank, num_processes = process_rank()
     is_main = rank == 0
@@ -73,6 +73,7 @@ def evaluate(
     plan = plan_batches(list(rows["group"]), batch_size)
     settings = {
         "image_size": list(size),
+        "domain": domain,
         "batch_size": batch_size,
         "dtype": str(pretrained.model.dtype).removeprefix("torch."),
         "device": pretrained.model.device.type,
@@ -164,9 +165,11 @@ def provenance(pretrained: Pretrained) -> dict[str, Any]:
 
 
 def _image_size(pretrained: Pretrained, image_size: int | None) -> Size:
-    size = pretrained.processor.image_processor.size
-    edge = image_size or size.get("shortest_edge")
-    return (edge, edge) if edge else (size["height"], size["width"])
+    images = pretrained.processor.image_processor
+    edge = image_size or images.size.get("shortest_edge")
+    if edge is not None and edge < images.patch_size:
+        raise MoECLIPError(f"images of {edge} pixels hold no patch of {images.patch_size}: name a larger size")
+    return (edge, edge) if edge else (images.size["height"], images.size["width"])
 
 
 def _only(rows: Dataset, column: str) -> Any:

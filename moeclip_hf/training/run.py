@@ -21,7 +21,7 @@ from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
 from moeclip_hf.modeling.image_processing_moeclip import MoECLIPImageProcessor
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
-from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, fetch_clip
+from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, check_processor, fetch_clip
 from moeclip_hf.stored_weights import MOECLIP_PARTS, check_weights, read_headers, refuse_non_finite
 from moeclip_hf.training.curves import draw_training_curves
 from moeclip_hf.training.monitor import ProgressBar
@@ -37,6 +37,7 @@ UNREADABLE_FILE = "unreadable.txt"
 """File of a run's folder that lists the images it could not use, a line each."""
 
 _NAMED = 10
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 # What a trained part was made for; other settings, as lambda or how many experts see a token, may change.
 _PARTS_SETTINGS = (
@@ -88,7 +89,7 @@ def start_model(
             ignore_mismatched_sizes=fresh,
             output_loading_info=True,
         )
-        processor = _load_processor(folder, settings, image_size)
+        processor = _load_processor(source, folder, settings, image_size)
     except Exception as error:  # whatever a missing, foreign or damaged checkpoint leads to
         reason = " ".join(str(error).split()).removeprefix(f"{source}: ") or type(error).__name__
         raise CheckpointError(f"{source}: cannot be loaded to train on: {reason}") from error
@@ -127,22 +128,27 @@ def _refuse_other_parts(stored: MoECLIPConfig, wanted: MoECLIPConfig) -> None:
         )
 
 
-def _load_processor(folder: Path, config: MoECLIPConfig, image_size: int | None) -> MoECLIPProcessor:
-    """A MoECLIP's own processor; for a plain CLIP, its tokenizer, and images without crops."""
+def _load_processor(source: str, folder: Path, config: MoECLIPConfig, image_size: int | None) -> MoECLIPProcessor:
+    """The processor of a checkpoint, without a plain CLIP's crops; of a CLIP that has none, what fits it."""
     vision: Any = config.vision_config
-    if image_size is None and _is_moeclip(folder):
+    if any((folder / name).is_file() for name in _PROCESSOR_FILES):
         processor = MoECLIPProcessor.from_pretrained(folder, trust_remote_code=False)
-        # Thresholds were chosen on scores of the model as it was.
-        processor.image_threshold = processor.pixel_threshold = 0.5
-        return processor
-    if image_size is None:
-        images = MoECLIPImageProcessor.for_clip(vision.image_size, vision.patch_size)
     else:
-        size = {"height": image_size, "width": image_size}
-        images = MoECLIPImageProcessor(size=size, patch_size=vision.patch_size)
-    return MoECLIPProcessor(
-        image_processor=images, tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    )
+        processor = MoECLIPProcessor(
+            MoECLIPImageProcessor.for_clip(vision.image_size, vision.patch_size),
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+        )
+    # Thresholds were chosen on scores of the model as it was.
+    processor.image_threshold = processor.pixel_threshold = 0.5
+    check_processor(source, processor)
+    images = processor.image_processor
+    if image_size is not None:
+        processor.image_processor = MoECLIPImageProcessor(
+            {"height": image_size, "width": image_size}, vision.patch_size, images.image_mean, images.image_std
+        )
+    elif "shortest_edge" in images.size:
+        raise CheckpointError("it keeps aspect ratios, and images of unlike shapes make no batch: name an image size")
+    return processor
 
 
 def training_arguments(output_dir: str | PathLike[str], recipe: Recipe, **settings: Any) -> TrainingArguments:

@@ -238,14 +238,14 @@ class MoECLIPTrainer(Trainer):
         return str(self._staging or self.output_dir)
 
     @contextmanager
-    def _staged(self) -> Iterator[Path]:
+    def _staged(self, target: Path) -> Iterator[Path]:
         """
-        A new folder beside the results, for files that are moved to their places once all of them are written.
+        A new folder in another, for files that are moved to their places there once all of them are written.
 
         Raises:
             MoECLIPError: if they cannot be written, of which nothing is left then.
         """
-        staging = self.output_dir / _STAGING
+        staging = target / _STAGING
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
@@ -257,7 +257,7 @@ class MoECLIPTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise MoECLIPError(
-                f"{self.output_dir}: step {self.state.global_step} cannot be saved ({reason}): see to the disk, then "
+                f"{target}: step {self.state.global_step} cannot be saved ({reason}): see to the disk, then "
                 "resume from the checkpoint before."
             ) from error
         finally:
@@ -285,7 +285,7 @@ class MoECLIPTrainer(Trainer):
         self._refuse_non_finite()
         if self.experts:
             self.log({"expert_gain": self.expert_gain()})
-        with self._staged() as staging:
+        with self._staged(self.output_dir) as staging:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -315,13 +315,12 @@ class MoECLIPTrainer(Trainer):
             return
         self._refuse_non_finite()
         target = Path(output_dir or self.output_dir)
-        with self._staged() as staging:
+        with self._staged(target) as staging:
             if self.args.should_save:
                 self.moeclip.save_pretrained(staging, state_dict=state)
                 self.processor.save_pretrained(staging)
                 _write_json(staging / RECIPE_FILE, self._describe_run())
                 _write_through(staging)
-                target.mkdir(parents=True, exist_ok=True)
                 # The configuration last: without it the folder is no checkpoint.
                 for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
                     os.replace(file, target / file.name)

@@ -15,7 +15,7 @@ from moeclip_hf.tuner.layer import MERGE_REFUSAL, MoELoraBlock, MoELoraLayer, Mo
 MOECLIP_HEADS = ("text_adapter", "patch_projection", "depthwise_adapter")
 
 # What an adapter over a MoECLIP takes for granted below it: its scores mean nothing where these differ.
-_BASE_SETTINGS = (
+BASE_SETTINGS = (
     "moe_layers",
     "feature_layers",
     "image_feature_layer",
@@ -156,7 +156,7 @@ def _default_targets(model_config: dict[str, Any]) -> str:
 def _base_settings(model_config: dict[str, Any]) -> dict[str, Any]:
     towers = ("text_config", "vision_config")
     activations = {tower: {"hidden_act": model_config[tower]["hidden_act"]} for tower in towers}
-    return {name: model_config[name] for name in _BASE_SETTINGS} | activations
+    return {name: model_config[name] for name in BASE_SETTINGS} | activations
 
 
 def _first_difference(recorded: dict[str, Any] | None, found: dict[str, Any] | None) -> str | None:
