@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from moeclip_hf._version import __version__
-from moeclip_hf.errors import CheckpointError, MoECLIPError
+from moeclip_hf.calibration import refuse_filled_folder
+from moeclip_hf.errors import MoECLIPError
 from moeclip_hf.modeling.processing_moeclip import patch_maps
 from moeclip_hf.onnx_detector import GRAPH, INT8_GRAPH, METADATA_KEY, load_onnx
 from moeclip_hf.pretrained import Detector, Pretrained
@@ -114,8 +115,7 @@ def export_onnx(pretrained: Pretrained, class_names: Sequence[str], output: Path
     names = tuple(dict.fromkeys(name.strip() for name in class_names))
     if not names:
         raise MoECLIPError('There is no class name to export for: use "object" when none is known.')
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output}: is not an empty folder: name a new one.")
+    refuse_filled_folder(output)
     if pretrained.model.dtype != torch.float32 or pretrained.model.device.type != "cpu":
         raise MoECLIPError("A graph is exported in float32 on the CPU: load the model so.")
     graph = ExportedGraph(pretrained, names)

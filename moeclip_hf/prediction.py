@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from moeclip_hf.data.layouts import IMAGE_SUFFIXES
 from moeclip_hf.errors import MoECLIPError, UnreadableImageError
 from moeclip_hf.modeling.image_processing_moeclip import image_size, to_rgb
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor, find_regions, read_scores, upsample
@@ -20,7 +21,6 @@ from moeclip_hf.pretrained import Detector
 from moeclip_hf.reading import read_ahead
 from moeclip_hf.tiling import Tiling, detect_in_tiles
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 # Of a batch of images, which with their maps take seven bytes a pixel; two more batches are being read meanwhile.
 _PIXELS_AT_ONCE = 1 << 25
 

@@ -1,15 +1,15 @@
 """`moeclip train`: from a plain CLIP and a data set with masks to a checkpoint."""
 
+import json
 import os
 import sys
+from contextlib import redirect_stdout
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from moeclip_hf.errors import MoECLIPError
 
 _MODEL_SETTINGS = frozenset({
     "num_experts", "num_experts_per_tok", "lora_rank", "lora_alpha", "use_fofs", "moe_layers", "feature_layers",
@@ -135,6 +135,9 @@ def train(
             rich_help_panel="Memory and precision",
         ),
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what was trained as JSON, and all else on standard error.")
+    ] = False,
 ) -> None:
     """Train MoECLIP's parts over a frozen CLIP.
 
@@ -153,6 +156,7 @@ def train(
     from moeclip_hf.training import RECIPES, get_recipe, start_model, training_arguments
     from moeclip_hf.training import train as run_training
     from moeclip_hf.training.run import check_installed
+    from moeclip_hf.training.trainer import RECIPE_FILE
 
     if precision is not None:  # goes before what `accelerate launch` was configured with
         os.environ["ACCELERATE_MIXED_PRECISION"] = precision.value
@@ -185,8 +189,11 @@ def train(
         clip, chosen, seed, image_size, fresh, **{name: given[name] for name in _MODEL_SETTINGS & given.keys()}
     )
     hub_id = dataset if dataset is not None and is_hub_id(dataset) else None
-    run_training(model, processor, rows, chosen, args, resume, hub_id, skip_unreadable)
-    if args.process_index == 0:
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        run_training(model, processor, rows, chosen, args, resume, hub_id, skip_unreadable)
+    if args.process_index == 0 and as_json:
+        print(json.dumps({"checkpoint": str(output_dir), **json.loads((output_dir / RECIPE_FILE).read_text())}))
+    elif args.process_index == 0:
         typer.echo(f"Trained model written to {output_dir}; try: moeclip predict IMAGES --model {output_dir}")
     leave_processes()
 
@@ -195,4 +202,7 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in text.split(",") if number.strip())
     except ValueError:
-        raise MoECLIPError(f"{name} ({text!r}) must be whole numbers with commas between, such as 6,12.") from None
+        hint = f"--{name.replace('_', '-')}"
+        raise typer.BadParameter(
+            f"{text!r} must be whole numbers with commas between, such as 6,12", param_hint=hint
+        ) from None
