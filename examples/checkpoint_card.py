@@ -10,6 +10,7 @@ from typing import Any
 from moeclip_hf import MoECLIPConfig, MoECLIPModel, MoECLIPProcessor
 from moeclip_hf.data.textures.splits import AUXILIARY_FAMILIES, TEST_FAMILIES, UNSEEN_DEFECTS, VALIDATION_FAMILIES
 from moeclip_hf.evaluation.results import METRICS, Metrics, markdown_table, mean_metrics
+from moeclip_hf.model_card import CITATION, describe_limits
 
 SHOWN = ("pixel_auroc", "pixel_ap", "image_auroc", "image_ap")
 DATA = {
@@ -96,6 +97,8 @@ def write_card(checkpoint: Path, figures: Figures) -> None:
             ]
         ),
         classes=class_table(figures),
+        limits=describe_limits(processor.to_dict()),
+        citation=CITATION,
     )
     (checkpoint / "README.md").write_text(card, encoding="utf-8")
 
@@ -127,7 +130,7 @@ def judge_names(right: Mapping[str, Any], wrong: Mapping[str, Any]) -> str:
         return f"The right class name is no help: {told} higher, in the mean of all {len(SHOWN)}."
     return (
         f"The class name does not matter: {told} {'lower' if points > 0 else 'higher'}, in the mean of all "
-        f"{len(SHOWN)}, and up to {NO_DIFFERENCE} points are taken for no difference."
+        f"{len(SHOWN)}, where up to {NO_DIFFERENCE} points count as no difference."
     )
 
 

@@ -7,7 +7,7 @@ outside of them, and is the user's own where it has none; only what a template l
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ _TRANSFORMERS_SENTENCE = (
     "This model card has been automatically generated."
 )
 
-_CITATION = """```bibtex
+CITATION = """```bibtex
 @inproceedings{park2026moeclip,
   title     = {{MoECLIP}},
   author    = {Park and Seo and Kang and Park},
@@ -235,9 +235,9 @@ def _body(
         "## Results",
         _results(facts.evaluation),
         "## Limits",
-        _limits(processor),
+        describe_limits(processor),
         "## Citation",
-        _CITATION,
+        CITATION,
     ]
     return "\n\n".join(sections)
 
@@ -356,7 +356,8 @@ def _results(document: dict[str, Any] | None) -> str:
     return "\n\n".join(notes)
 
 
-def _limits(processor: dict[str, Any]) -> str:
+def describe_limits(processor: Mapping[str, Any]) -> str:
+    """What a checkpoint must not be trusted with, as a list in Markdown, given what its processor's file says."""
     image, pixel = (processor.get(name, 0.5) for name in ("image_threshold", "pixel_threshold"))
     if image == pixel == 0.5:
         thresholds = "The thresholds are the default of 0.5 and were not calibrated"
