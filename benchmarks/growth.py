@@ -3,9 +3,9 @@
     python -m benchmarks.growth [--rounds 1] [--only resolution batch experts rank metrics predictions] [--most IMAGES]
 
 Forward pass beside the bare tower's, and forward pass and training step beside the plain implementation's, ViT-L/14's
-sizes, random weights, float32, in turn behind a round that is not counted, each value in a fresh process; seconds a
-batch. The plain step is left out where the attention weights that it keeps would take 4 GB. glibc is left as it is:
-told to keep memory, the plain form took 24 GB on the largest images.
+sizes, random weights, float32, in turn behind a round that is not counted; seconds a batch. Each value is measured in
+a fresh process, and its plain form in another. The plain step is left out where the attention weights that it keeps
+would take 4 GB. glibc is left as it is: told to keep memory, the plain form took 24 GB on the largest images.
 
 `metrics` and `predictions` grow in the number of images, each number in a fresh process: the seven metrics on
 simulated maps of 8 x 8, up to 1,000,000, and scoring files of 64 x 64 with a model that takes no time, up to 100,000.
@@ -14,7 +14,7 @@ and half an hour more.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import CLIPVisionModel
 
 from benchmarks.alternating import alternate
 from benchmarks.forward import bare_tower, random_model
@@ -60,7 +59,9 @@ QUANTITIES = {
     "rank": Quantity("rank r of an expert, 224 px", (1, 8, 64), model="lora_rank"),
 }
 BATCH = {"images": 1, "image_size": 224}
-SIDES = ("bare tower, forward", "forward", "plain forward", "training step", "plain training step")
+OWN_SIDES = ("bare tower, forward", "forward", "training step")
+PLAIN_SIDES = ("plain forward", "plain training step")
+SIDES = (*OWN_SIDES, *PLAIN_SIDES)
 
 
 def tokens_of(image_size: int) -> int:
@@ -73,12 +74,10 @@ def attention_bytes(images: int, image_size: int) -> float:
     return 18 * 16 * 4.0 * images * tokens_of(image_size) ** 2
 
 
-def sides_of(
-    model: MoECLIPModel, tower: CLIPVisionModel, plain: PlainMoECLIP, images: int, image_size: int
-) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What is timed at one value."""
-    pixel_values = torch.randn(images, 3, image_size, image_size)
-    anchors = torch.nn.functional.normalize(torch.randn(1, 2, model.config.projection_dim), dim=-1)
+def own_sides(model: MoECLIPModel, images: int, image_size: int) -> dict[str, Callable[[], object]]:
+    """The bare tower and what is not plain, by name."""
+    pixel_values, anchors = random_inputs(model, images, image_size)
+    tower = bare_tower(model)
 
     @torch.inference_mode()
     def tower_forward() -> None:
@@ -90,35 +89,49 @@ def sides_of(
         model(pixel_values, text_embeds=anchors)
         model.train()
 
+    return dict(zip(OWN_SIDES, (tower_forward, forward, training_side(model, images, image_size)), strict=True))
+
+
+def plain_sides(model: MoECLIPModel, images: int, image_size: int) -> dict[str, Callable[[], object]]:
+    """The plain forms, by name."""
+    pixel_values, anchors = random_inputs(model, images, image_size)
+    plain = PlainMoECLIP(model)
+
     @torch.inference_mode()
-    def plain_forward() -> None:
+    def forward() -> None:
         plain.eval()
         plain.score(pixel_values, anchors[0])
         plain.train()
 
-    yield SIDES[0], tower_forward
-    yield SIDES[1], forward
-    yield SIDES[2], plain_forward
-    yield SIDES[3], training_side(model, images, image_size)
+    sides: list[Callable[[], object]] = [forward]
     if attention_bytes(images, image_size) < LARGEST_PLAIN_BYTES:
-        yield SIDES[4], training_side(model, images, image_size, plain)
+        sides.append(training_side(model, images, image_size, plain))
+    return dict(zip(PLAIN_SIDES, sides, strict=False))
 
 
-def time_batch(config: dict[str, int], batch: dict[str, int], rounds: int) -> dict[str, float]:
+def random_inputs(model: MoECLIPModel, images: int, image_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels and a pair of anchors."""
+    anchors = torch.nn.functional.normalize(torch.randn(1, 2, model.config.projection_dim), dim=-1)
+    return torch.randn(images, 3, image_size, image_size), anchors
+
+
+def time_batch(is_plain: bool, config: dict[str, int], batch: dict[str, int], rounds: int) -> dict[str, float]:
     """Median seconds of each side on a batch of a model."""
     model = random_model(**config, num_experts_per_tok=min(2, config.get("num_experts", 2)))
-    sides = dict(sides_of(model, bare_tower(model), PlainMoECLIP(model), **batch))
+    sides = (plain_sides if is_plain else own_sides)(model, **batch)
     return {name: median(values) for name, values in alternate(sides, rounds).items()}
 
 
 def vary(name: str, rounds: int) -> Report:
-    """All values of a quantity, each in a fresh process."""
+    """All values of a quantity, each in two fresh processes: what the plain forms leave of memory slows the others."""
     quantity = QUANTITIES[name]
     rows, measured = [[name, *(f"{side}, s" for side in SIDES)]], []
     for value in tqdm(quantity.values, desc=name):
         config = {quantity.model: value} if quantity.model else {}
         batch = BATCH | ({quantity.batch: value} if quantity.batch else {})
-        seconds = apart(time_batch, config, batch, rounds, allocator="as-it-is")
+        seconds: dict[str, float] = {}
+        for is_plain in (False, True):
+            seconds |= apart(time_batch, is_plain, config, batch, rounds, allocator="as-it-is")
         measured.append(seconds)
         rows.append([str(value), *(f"{seconds[side]:.2f}" if side in seconds else "-" for side in SIDES)])
         tqdm.write(f"{name} {value}: " + ", ".join(f"{side} {taken:.2f} s" for side, taken in seconds.items()))
