@@ -20,7 +20,7 @@ from moeclip_hf.conversion.key_table import KeyTable, Row, Tensors, check_tensor
 from moeclip_hf.conversion.openai_clip import is_openai_clip, openai_clip_from_tensors
 from moeclip_hf.conversion.reading import describe, is_repository, one_line, read_tensors
 from moeclip_hf.errors import ConversionError
-from moeclip_hf.pretrained import fetch_clip
+from moeclip_hf.pretrained import PROCESSOR_FILES, fetch_clip
 from moeclip_hf.stored_weights import expected_tensors, read_headers, weight_faults
 
 CLIPSource: TypeAlias = str | Path | Tensors | CLIPModel
@@ -90,13 +90,17 @@ def image_statistics(clip: str | Path) -> dict[str, list[float]]:
 
     Returns:
         Nothing of a file of weights, nor of a repository without a processor.
+
+    Raises:
+        ConversionError: the processor's file is damaged.
     """
-    if not is_repository(clip):
+    folder = fetch_clip(clip) if is_repository(clip) else None
+    if folder is None or not any((folder / name).is_file() for name in PROCESSOR_FILES):
         return {}
     try:
-        settings, _ = CLIPImageProcessorPil.get_image_processor_dict(fetch_clip(clip))
-    except OSError:
-        return {}
+        settings, _ = CLIPImageProcessorPil.get_image_processor_dict(folder)
+    except OSError as error:
+        raise ConversionError(f"{clip}: its processor cannot be read: {one_line(error)}") from error
     return {name: settings[name] for name in ("image_mean", "image_std") if name in settings}
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _PROCESSOR_FILE = "processor_config.json"
+_COPIED = (*PUBLISHED_FILES, "*.py")
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,8 @@ def copy_checkpoint(source: str | Path, output: Path, revision: str | None = Non
     """
     Copy what makes a checkpoint, with its card, from a folder or a Hub repository.
 
-    Code and folders stay behind, such as the checkpoints of a run that ended in the one that is copied.
+    Pickles and folders stay behind, such as the checkpoints of a run that ended in the one that is copied. Code that a
+    repository carries for those who have not this package is copied, and not run.
 
     Raises:
         CheckpointError: if the output folder is not empty.
@@ -274,12 +276,10 @@ def copy_checkpoint(source: str | Path, output: Path, revision: str | None = Non
     if not Path(source).is_dir():
         from huggingface_hub import snapshot_download
 
-        source = snapshot_download(
-            str(source), revision=revision, allow_patterns=list(PUBLISHED_FILES), ignore_patterns="*/*"
-        )
+        source = snapshot_download(str(source), revision=revision, allow_patterns=list(_COPIED), ignore_patterns="*/*")
     output.mkdir(parents=True, exist_ok=True)
     for file in sorted(Path(source).iterdir()):
-        if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in PUBLISHED_FILES):
+        if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in _COPIED):
             shutil.copy(file, output / file.name)
 
 

@@ -136,9 +136,11 @@ def push_to_hub(
                 api.create_repo(repo_id, private=private, exist_ok=True)
                 if revision:
                     api.create_branch(repo_id, branch=revision, exist_ok=True)
-            card = None if (folder / CARD).exists() else _card_of_repository(repo_id, revision, token)
+            # One commit is looked at and built upon: what somebody pushes meanwhile is not overwritten unseen.
+            head = api.repo_info(repo_id, revision=revision).sha
+            card = None if (folder / CARD).exists() else _card_of_repository(repo_id, head, token)
             files = repository_files(folder, repo_id, facts, card)
-            stale = [path for path in api.list_repo_files(repo_id, revision=revision) if _is_stale(path, files)]
+            stale = [path for path in api.list_repo_files(repo_id, revision=head) if _is_stale(path, files)]
             return api.create_commit(
                 repo_id,
                 [
@@ -148,6 +150,7 @@ def push_to_hub(
                 commit_message=commit_message or f"Publish with moeclip-hf: {len(files)} files",
                 revision=revision,
                 create_pr=create_pr,
+                parent_commit=head,
             )
         except CheckpointError:
             raise
@@ -296,12 +299,14 @@ def _adapter_config(folder: Path, base_model: str | None) -> dict[str, Any]:
     config = read_json(folder / ADAPTER_CONFIG)
     if config.get("peft_type") != "MOE_LORA":
         raise CheckpointError(f"{folder}: is no adapter of type MOE_LORA but of {config.get('peft_type')!r}.")
-    base = base_model or config.get("base_model_name_or_path")
+    recorded = config.get("base_model_name_or_path")
+    base = base_model or recorded
     if base is None or not is_hub_id(base):
         raise CheckpointError(
             f"{folder}: names {base!r} as its base, which others cannot load: name that CLIP's Hub id as base model."
         )
-    return config | {"base_model_name_or_path": base}
+    # A revision is one of the base that is recorded with it.
+    return config | {"base_model_name_or_path": base, "revision": config.get("revision") if base == recorded else None}
 
 
 def _check_repo_id(repo_id: str) -> None:

@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 # What is downloaded: data, and no code.
 _CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt"]
 _CLIP_FILES = ["*.json", "model*.safetensors", "*.txt"]
 # Of a CLIP that was published before there were safetensors, as OpenAI's ViT-L/14 of 336 pixels; read as data too.
 _PICKLED_CLIP_FILES = ["pytorch_model*.bin"]
-# What a checkpoint's folder or repository holds beside its code.
+# What a checkpoint's folder or repository holds beside its code, which is never needed here.
 PUBLISHED_FILES = (*_CHECKPOINT_FILES, "*.md", "*.png", "LICENSE*")
 # What of a folder is read, or published.
 _READ_FILES = (*PUBLISHED_FILES, "*.bin")
@@ -242,7 +243,7 @@ def _refuse_incomplete(source: str, names: set[str]) -> None:
         wanted = "model.safetensors"
     elif CONFIG not in names and "adapter_model.safetensors" not in names:
         wanted = "adapter_model.safetensors"
-    elif not names & {"processor_config.json", "preprocessor_config.json"}:
+    elif not names.intersection(PROCESSOR_FILES):
         wanted = "processor_config.json"
     else:
         return

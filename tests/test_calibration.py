@@ -193,13 +193,17 @@ def test_machines_get_the_thresholds_that_are_stored(normal_folder, checkpoint, 
     assert load_pretrained(tmp_path / "a", device="cpu").processor.image_threshold == again["thresholds"]["image"]
 
 
-def test_a_copy_holds_no_code_and_no_steps_of_the_run(normal_folder, checkpoint, tmp_path):
+def test_a_copy_holds_no_pickles_and_no_steps_of_the_run(normal_folder, checkpoint, tmp_path):
     source = shutil.copytree(checkpoint, tmp_path / "run")
     (source / "modeling_moeclip.py").write_text("raise SystemExit")
+    (source / "training_args.bin").touch()
     (source / "checkpoint-500").mkdir()
     (source / "checkpoint-500" / "optimizer.pt").touch()
     copy_checkpoint(source, tmp_path / "copy")
-    assert {file.name for file in (tmp_path / "copy").iterdir()} == {file.name for file in checkpoint.iterdir()}
+    assert {file.name for file in (tmp_path / "copy").iterdir()} == {
+        "modeling_moeclip.py",
+        *(file.name for file in checkpoint.iterdir()),
+    }
 
 
 def test_thresholds_that_cannot_be_written_leave_the_old_ones(checkpoint, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from benchmark_trees import write_folder
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from mini_hub import Handler, MiniHub
 from typer.testing import CliRunner
 
@@ -222,9 +222,18 @@ def test_a_card_that_cannot_be_asked_about_is_not_taken_for_one_that_is_not_ther
     """A folder without a card goes on from the repository's, which would be lost."""
     shutil.copytree(EMBEDDED_CHECKPOINT, tmp_path / "checkpoint")
     (tmp_path / "checkpoint" / "README.md").unlink()
-    card = ("HEAD", "/ann/it/resolve/main/README.md")
+    hf_hub_download("ann/it", "README.md")  # nor is the one in the cache taken, which has been edited since
+    repository = hub.repositories["ann/it"]
+    files = repository.commits[hub.commit].files
+    repository.add("main", files | {"README.md": hub.store(b"# Edited on the Hub")}, "another card")
+    edited = repository.refs["main"]
+    card = ("HEAD", "/ann/it/resolve/COMMIT/README.md")
     hub.faults[card] = [503] * ALWAYS
     with pytest.raises(PublishingError, match="try again"):
         push_to_hub(tmp_path / "checkpoint", "ann/it", token="hf_ann")
     assert len(hub.faults[card]) < ALWAYS, "the fault was never met"
-    assert hub.repositories["ann/it"].refs["main"] == hub.commit
+    assert repository.refs["main"] == edited
+    hub.faults.clear()
+    push_to_hub(tmp_path / "checkpoint", "ann/it", token="hf_ann")
+    published = fetch_checkpoint("ann/it")
+    assert "# Edited on the Hub" in Path(hf_hub_download("ann/it", "README.md", revision=published.name)).read_text()

@@ -85,7 +85,10 @@ def test_card_reports_what_the_evaluations_wrote(made):
     assert "straw (test)" in card and "gravel (photographs)" in card
     assert "| that of another class, mean of 3 ways to give them |" in card
     assert "Of the photographs' classes, adaptation saw brick wall and gravel by name and texture" in card
-    assert "{" not in card
+    told, _, citation = card.partition("## Citation")
+    assert "{" not in told and "@inproceedings{park2026moeclip" in citation
+    threshold = json.loads((made / NAME / "processor_config.json").read_text())["image_threshold"]
+    assert "## Use" in told and f"The thresholds ({threshold:.4g} for images" in told.partition("## Limits")[2]
 
 
 def test_what_is_made_is_not_made_again(made, monkeypatch):

@@ -40,14 +40,22 @@ def test_command_trains_from_a_plain_clip_to_a_usable_checkpoint(tmp_path, token
     assert result.exit_code == 0, result.output
     assert f"--model {output}" in result.output
     assert "'images_per_second'" in result.output and "'expert_cosine'" in result.output  # a line a log
-    again = CliRunner().invoke(app, ["train", *map(str, options), "--resume", "--json"])
-    assert json.loads(again.stdout) == {"checkpoint": str(output), **json.loads((output / "recipe.json").read_text())}
     model, processor = load_pretrained(output, device="cpu")
     assert (model.config.num_experts, model.config.moe_layers) == (2, [1, 7])
     assert processor.image_processor.size == {"height": 24, "width": 24}
     recipe = json.loads((output / "recipe.json").read_text())
     assert (recipe["halve_at"], recipe["augment"], recipe["batch_size"]) == ([2, 3], False, 6)
     assert list(output.rglob("events.out.tfevents*"))
+
+
+def test_machines_get_json_alone_on_standard_output(tmp_path, tokenizer):
+    clip, data = write_plain_clip(tmp_path / "clip", tokenizer), write_folder(tmp_path / "data")
+    options = ["--dataset", data, "--clip", clip, "--output-dir", tmp_path / "out", "--max-steps", "1",
+               "--num-workers", "0", "--tracker", "none", "--cpu", "--json"]  # fmt: skip
+    result = CliRunner().invoke(app, ["train", *map(str, options)])
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert json.loads(result.stdout) == {"checkpoint": str(tmp_path / "out"), **recipe}
+    assert "'images_per_second'" in result.stderr
 
 
 def test_a_hub_data_set_is_recorded_with_its_owner(tmp_path, tokenizer, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from training_runs import logged, tiny_trainer, write_folder, write_plain_clip
 from transformers import CLIPImageProcessorPil
@@ -409,14 +410,23 @@ def test_a_clip_keeps_how_its_images_are_normalised_and_a_moeclip_its_domain_too
         assert (found.domain, found.image_threshold) == (domain, 0.5)
 
 
-def test_a_model_that_keeps_aspect_ratios_asks_for_a_size_to_train_at(clip, tmp_path):
-    recipe = get_recipe("paper", batch_size=4)
+def test_a_model_that_keeps_aspect_ratios_asks_for_a_size_where_shapes_differ(clip, rows, tmp_path):
+    recipe = get_recipe("paper", batch_size=24)
     model, processor = start_model(clip, recipe)
     processor.image_processor.size = {"shortest_edge": 20}
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="images of unlike shapes make no batch: name an image size"):
-        start_model(tmp_path, recipe)
+    write_folder(tmp_path / "data")
+    args = training_arguments(tmp_path / "run", recipe, use_cpu=True, max_steps=1, dataloader_num_workers=0)
+    train(*start_model(tmp_path, recipe), load_folder(tmp_path / "data"), recipe, args)
+    strip = next((tmp_path / "data" / "nut" / "normal").iterdir())
+    Image.open(strip).resize((40, 20)).save(strip)
+    for workers in (0, 1):
+        args = training_arguments(
+            tmp_path / f"run{workers}", recipe, use_cpu=True, max_steps=1, dataloader_num_workers=workers
+        )
+        with pytest.raises(MoECLIPError, match="images of unlike shapes make no batch: name an image size"):
+            train(*start_model(tmp_path, recipe), load_folder(tmp_path / "data"), recipe, args)
     assert start_model(tmp_path, recipe, image_size=16)[1].image_processor.size == {"height": 16, "width": 16}
 
 

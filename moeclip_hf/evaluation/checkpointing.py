@@ -31,17 +31,14 @@ class ScoredBatches:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
-        self.folder = folder
+        self.folder, self.settings = folder, settings
         recorded = folder / _SETTINGS_FILE
-        if recorded.exists() and self.numbers():
+        if recorded.exists():
             _refuse_other_settings(recorded, settings, folder)
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            # Left of a folder that was being deleted: nobody knows which settings they were scored under.
-            for number in self.numbers():
-                self._path(number).unlink()
-            # Settings under which nothing was scored, as of a batch too large for the memory, bind nobody.
-            write_whole(recorded, json.dumps(settings, indent=2).encode())
+            return
+        # Left of a folder that was being deleted: nobody knows which settings they were scored under.
+        for number in self.numbers():
+            self._path(number).unlink()
 
     def numbers(self) -> set[int]:
         """Numbers of the batches that are there."""
@@ -52,8 +49,16 @@ class ScoredBatches:
         Write a batch; a crash leaves it whole or not at all.
 
         Raises:
-            MoECLIPError: if it cannot be written, as on a full disk.
+            MoECLIPError: if it cannot be written, as on a full disk, or another evaluation writes there.
         """
+        # With the first batch: settings under which nothing was scored, as memory was short, would bind nobody. Again,
+        # as another evaluation may have begun to write there.
+        recorded = self.folder / _SETTINGS_FILE
+        if recorded.exists():
+            _refuse_other_settings(recorded, self.settings, self.folder)
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(recorded, json.dumps(self.settings, indent=2).encode())
         content = io.BytesIO()
         arrays: dict[str, Any] = batch.arrays()
         np.savez_compressed(content, **arrays)

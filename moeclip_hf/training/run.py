@@ -21,7 +21,7 @@ from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
 from moeclip_hf.modeling.image_processing_moeclip import MoECLIPImageProcessor
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
-from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, check_processor, fetch_clip
+from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, PROCESSOR_FILES, check_processor, fetch_clip
 from moeclip_hf.stored_weights import MOECLIP_PARTS, check_weights, read_headers, refuse_non_finite
 from moeclip_hf.training.curves import draw_training_curves
 from moeclip_hf.training.monitor import ProgressBar
@@ -37,7 +37,6 @@ UNREADABLE_FILE = "unreadable.txt"
 """File of a run's folder that lists the images it could not use, a line each."""
 
 _NAMED = 10
-_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 # What a trained part was made for; other settings, as lambda or how many experts see a token, may change.
 _PARTS_SETTINGS = (
@@ -131,7 +130,7 @@ def _refuse_other_parts(stored: MoECLIPConfig, wanted: MoECLIPConfig) -> None:
 def _load_processor(source: str, folder: Path, config: MoECLIPConfig, image_size: int | None) -> MoECLIPProcessor:
     """The processor of a checkpoint, without a plain CLIP's crops; of a CLIP that has none, what fits it."""
     vision: Any = config.vision_config
-    if any((folder / name).is_file() for name in _PROCESSOR_FILES):
+    if any((folder / name).is_file() for name in PROCESSOR_FILES):
         processor = MoECLIPProcessor.from_pretrained(folder, trust_remote_code=False)
     else:
         processor = MoECLIPProcessor(
@@ -146,8 +145,6 @@ def _load_processor(source: str, folder: Path, config: MoECLIPConfig, image_size
         processor.image_processor = MoECLIPImageProcessor(
             {"height": image_size, "width": image_size}, vision.patch_size, images.image_mean, images.image_std
         )
-    elif "shortest_edge" in images.size:
-        raise CheckpointError("it keeps aspect ratios, and images of unlike shapes make no batch: name an image size")
     return processor
 
 
@@ -280,6 +277,8 @@ def _readers_named() -> Iterator[None]:
         *_, reason = str(error).rstrip().split(f"{UnreadableImageError.__name__}: ")
         raise UnreadableImageError(reason) from error
     except RuntimeError as error:
+        if "stack expects each tensor to be equal size" in str(error):  # where a processor keeps aspect ratios
+            raise MoECLIPError("images of unlike shapes make no batch: name an image size (--image-size)") from error
         if not re.search(r"DataLoader worker \(pid.*\) (is killed|exited)", str(error)):
             raise
         reason = " ".join(str(error).split())

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -245,13 +245,13 @@ class MoECLIPTrainer(Trainer):
         Raises:
             MoECLIPError: if they cannot be written, of which nothing is left then.
         """
-        staging = target / _STAGING
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self._staging = staging
+        staging, is_new = target / _STAGING, not target.exists()
         try:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self._staging = staging
             yield staging
         # A full disk is an error of torch's or of safetensors' own.
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -264,6 +264,9 @@ class MoECLIPTrainer(Trainer):
             self._staging = None
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
+                if is_new:
+                    with suppress(OSError):  # it holds what was written
+                        target.rmdir()
 
     def _refuse_non_finite(self) -> None:
         """
@@ -454,6 +457,8 @@ def describe_model(model: MoECLIPModel, processor: MoECLIPProcessor) -> dict[str
     settings = {name: getattr(model.config, name) for name in MoECLIPConfig.__annotations__}
     return settings | {
         "image_size": dict(processor.image_processor.size),
+        "image_mean": list(processor.image_processor.image_mean),
+        "image_std": list(processor.image_processor.image_std),
         "clip": f"digest {digest_weights(clip)[:12]}",
     }
 
