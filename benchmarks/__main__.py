@@ -41,10 +41,10 @@ HEAD = """# Benchmarks
 Written by `python -m benchmarks`. Sides run in turn in one process unless a table says otherwise, and ratios are
 medians over at least five rounds of pairs from the same round. Memory, the seconds of metrics, and how cost grows are
 of one run each, the plain forms' in processes of their own. A section is headed by the command that it comes from.
-Models have ViT-L/14's sizes and random weights, on which speed does not depend, unless a table names another. A goal is
-a limit that this project set itself beforehand. "Freed memory" names what glibc does with what torch frees (kept, given
-back to the system at once, or as it is): no setting has the best time and the least memory at once. What was done about
-each figure, and why a goal is missed where one is, stands in [performance.md](performance.md).
+Models have ViT-L/14's sizes and random weights, on which speed does not depend, unless a table names another. A goal
+is a limit that this project set itself beforehand. "Freed memory" names what glibc does with what torch frees: it is
+kept, given back to the system at once, or glibc is left as it is; no setting has the best time and the least memory.
+What was done about each figure, and why a goal is missed where one is, stands in [performance.md](performance.md).
 """
 
 
