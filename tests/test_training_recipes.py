@@ -47,7 +47,7 @@ def golden_processor(case):
         prompts = {"input_ids": case.input_ids[rows], "prompt_groups": case.prompt_groups[rows] % 2}
         return SimpleNamespace(to=lambda device: prompts)
 
-    encode.image_processor = SimpleNamespace(size={})
+    encode.image_processor = MoECLIPImageProcessor()
     return encode
 
 
