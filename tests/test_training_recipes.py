@@ -9,7 +9,7 @@ import torch
 from golden import golden_case
 from tiny_models import random_pixels, random_prompts, tiny_config
 
-from moeclip_hf import MoECLIPModel
+from moeclip_hf import MoECLIPImageProcessor, MoECLIPModel
 from moeclip_hf.errors import MoECLIPError
 from moeclip_hf.training import MoECLIPTrainer, get_recipe, training_arguments
 from moeclip_hf.training.recipes import Recipe, apply_recipe, draw_experts
