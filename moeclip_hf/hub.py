@@ -337,9 +337,7 @@ def _is_stale(path: str, files: dict[str, Path | bytes]) -> bool:
 def _card_of_repository(repo_id: str, revision: str | None, token: str | None) -> str | None:
     try:
         return Path(hf_hub_download(repo_id, CARD, revision=revision, token=token)).read_text(encoding="utf-8")
-    except (
-        RemoteEntryNotFoundError
-    ):  # said by the Hub; a request that fails must not pass for a card that is not there
+    except RemoteEntryNotFoundError:  # the Hub's own word; a request that failed says nothing about the card
         return None
 
 
