@@ -244,6 +244,17 @@ def test_an_adapter_names_its_base_and_replaces_the_template_that_peft_left(pret
     assert metadata["base_model"] == "openai/clip"
 
 
+@pytest.mark.parametrize(("told", "revision"), [(None, "v1"), ("ann/clip", "v1"), ("ann/other", None)])
+def test_the_revision_of_a_base_goes_when_another_base_is_named(pretrained, tmp_path, told, revision):
+    adapter = full_to_adapter(pretrained.model, base="ann/clip")
+    adapter.peft_config["default"].revision = "v1"
+    adapter.save_pretrained(tmp_path)
+    pretrained.processor.save_pretrained(tmp_path)
+    files = repository_files(tmp_path, "ann/adapter", CardFacts(base_model=told))
+    published = json.loads(files["adapter_config.json"])
+    assert (published["base_model_name_or_path"], published["revision"]) == (told or "ann/clip", revision)
+
+
 def test_what_is_no_moeclip_is_refused(checkpoint, pretrained, tmp_path):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "clip"}))

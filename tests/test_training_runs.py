@@ -445,6 +445,14 @@ def test_a_model_is_saved_to_another_file_system_too(clip, rows, tmp_path, monke
     assert load_pretrained(tmp_path / "elsewhere", device="cpu").model.config.moe_layers == [1, 3, 5, 7]
 
 
+def test_a_model_cannot_be_saved_where_a_file_is(clip, rows, tmp_path):
+    trainer = tiny_trainer(clip, rows, tmp_path / "run", max_steps=1)
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(MoECLIPError, match=r"file: step 0 cannot be saved"):
+        trainer.save_model(str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_source_that_is_no_checkpoint_is_named(tmp_path: Path):
     with pytest.raises(CheckpointError, match="cannot be loaded to train on"):
         start_model(tmp_path / "nothing", get_recipe("paper"))
