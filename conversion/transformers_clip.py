@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 import torch
 from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from moeclip_hf.conversion.assembly import (
     Settings,
@@ -20,7 +21,7 @@ from moeclip_hf.conversion.key_table import KeyTable, Row, Tensors, check_tensor
 from moeclip_hf.conversion.openai_clip import is_openai_clip, openai_clip_from_tensors
 from moeclip_hf.conversion.reading import describe, is_repository, one_line, read_tensors
 from moeclip_hf.errors import ConversionError
-from moeclip_hf.pretrained import PROCESSOR_FILES, fetch_clip
+from moeclip_hf.pretrained import PROCESSOR_FILES, fetch_clip, statistics_fault
 from moeclip_hf.stored_weights import expected_tensors, read_headers, weight_faults
 
 CLIPSource: TypeAlias = str | Path | Tensors | CLIPModel
@@ -92,16 +93,24 @@ def image_statistics(clip: str | Path) -> dict[str, list[float]]:
         Nothing of a file of weights, nor of a repository without a processor.
 
     Raises:
-        ConversionError: the processor's file is damaged.
+        ConversionError: the processor's file is damaged, or no image can be normalised with what it says.
     """
     folder = fetch_clip(clip) if is_repository(clip) else None
     if folder is None or not any((folder / name).is_file() for name in PROCESSOR_FILES):
         return {}
     try:
         settings, _ = CLIPImageProcessorPil.get_image_processor_dict(folder)
-    except OSError as error:
+        if not isinstance(settings, dict):
+            raise ConversionError("it holds no settings.")
+    except Exception as error:  # whatever a damaged file leads to
         raise ConversionError(f"{clip}: its processor cannot be read: {one_line(error)}") from error
-    return {name: settings[name] for name in ("image_mean", "image_std") if name in settings}
+    statistics: dict[str, list[float]] = {
+        name: settings[name] for name in ("image_mean", "image_std") if name in settings
+    }
+    mean, std = statistics.get("image_mean", OPENAI_CLIP_MEAN), statistics.get("image_std", OPENAI_CLIP_STD)
+    if fault := statistics_fault(mean, std):
+        raise ConversionError(f"{clip}: its processor cannot be used: {fault}.")
+    return statistics
 
 
 def _rebuild(clip: CLIPConfig, tensors: Tensors, source: str, settings: Settings) -> CLIPModel:

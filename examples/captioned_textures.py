@@ -5,6 +5,7 @@ colours, at times laid over a crop of another family, with a defect cut in, and 
 """
 
 import io
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset
 from moeclip_hf.data.textures import FAMILIES, add_defect, render
 from moeclip_hf.data.textures.splits import AUXILIARY_FAMILIES, SEEN_DEFECTS
 from moeclip_hf.errors import DatasetError
+from moeclip_hf.threads import read_ahead
 
 OTHER_FAMILIES = tuple(name for name in FAMILIES if name not in AUXILIARY_FAMILIES)
 IMAGE_SIZE, PATCH_SIZE = 112, 8
@@ -84,11 +86,16 @@ def render_pictures(path: Path, progress: Callable[[int, int], None] | None = No
     unfinished = path.with_suffix(".unfinished")
     shape = (len(FAMILIES), PICTURES_A_FAMILY, PICTURE_SIZE, PICTURE_SIZE, 3)
     pictures = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape)
-    for number, family in enumerate(FAMILIES):
+
+    def render_family(numbered: tuple[int, str]) -> None:
+        number, family = numbered
         for index in range(PICTURES_A_FAMILY):
             pictures[number, index], _ = render(family, size=PICTURE_SIZE, seed=(991, index))
+
+    workers = os.cpu_count() or 1
+    for done, _ in enumerate(read_ahead(render_family, enumerate(FAMILIES), 2 * workers, workers), start=1):
         if progress:
-            progress(number + 1, len(FAMILIES))
+            progress(done, len(FAMILIES))
     pictures.flush()
     unfinished.rename(path)
 

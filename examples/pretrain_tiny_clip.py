@@ -219,12 +219,51 @@ class PretrainingModel(nn.Module):
         return cross_entropy + DICE_WEIGHT * (1 - overlap).mean()
 
 
+class BatchedMuon(torch.optim.Muon):
+    """
+    torch's Muon, with Nesterov's momentum and steps scaled to AdamW's, which orthogonalises all matrices of one shape
+    at once. The matrices of a tiny CLIP are so small that one by one most of the time goes into calls.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[nn.Parameter]] = {}
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    alike.setdefault(weight.shape, []).append(weight)
+            for shape, weights in alike.items():
+                updates = orthogonalise([self.accelerate(weight, group["momentum"]) for weight in weights], group)
+                rate = group["lr"] * 0.2 * max(shape) ** 0.5
+                for weight, update in zip(weights, updates, strict=True):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+
+    def accelerate(self, weight: nn.Parameter, momentum: float) -> torch.Tensor:
+        """Nesterov's step before it is orthogonalised."""
+        state = self.state[weight]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+        return weight.grad.lerp(state["momentum_buffer"], momentum)
+
+
+def orthogonalise(matrices: list[torch.Tensor], settings: dict[str, Any]) -> torch.Tensor:
+    """Newton-Schulz iterations, as in torch's Muon, of matrices of one shape; in bfloat16."""
+    a, b, c = settings["ns_coefficients"]
+    narrow = [matrix.bfloat16() if matrix.shape[0] <= matrix.shape[1] else matrix.bfloat16().T for matrix in matrices]
+    x = torch.stack([matrix / matrix.norm().clamp(min=settings["eps"]) for matrix in narrow])
+    for _ in range(settings["ns_steps"]):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if matrices[0].shape[0] <= matrices[0].shape[1] else x.mT
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for matrices of the vision tower's blocks and AdamW for all other parameters, as one optimizer."""
 
     def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], learning_rate: float):
         # Muon's steps are scaled to be as long as AdamW's, and may be some times longer.
-        muon = torch.optim.Muon(
+        muon = BatchedMuon(
             matrices, lr=MUON_SPEED * learning_rate, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
         )
         adamw = torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)

@@ -22,7 +22,8 @@ from moeclip_hf.errors import CheckpointError, MoECLIPError, UnreadableImageErro
 from moeclip_hf.evaluation.checkpointing import write_whole
 from moeclip_hf.histogram import ScoreHistogram
 from moeclip_hf.pretrained import PUBLISHED_FILES, Pretrained
-from moeclip_hf.reading import leave_undecoded, read_ahead, read_row
+from moeclip_hf.reading import leave_undecoded, read_row
+from moeclip_hf.threads import read_ahead
 
 if TYPE_CHECKING:
     from datasets import Dataset

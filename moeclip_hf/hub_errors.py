@@ -56,6 +56,8 @@ def _describe_status(error: errors.HfHubHTTPError, repo_id: str) -> str:
         return f"{repo_id}: the Hub asks for a valid token: {_LOG_IN}."
     if status == 403:
         return f"{repo_id}: the token has no right to do this: take one that has."
+    if status == 412:
+        return f"{repo_id}: somebody else pushed to it at the same time, and nothing of yours was: push again."
     said = " ".join((error.server_message or f"status {status}").split())
     passes = ": try again later." if status in _PASSING else ""
     return f"{repo_id}: the Hub at {constants.ENDPOINT} answered: {said.rstrip('.') if passes else said}{passes}"

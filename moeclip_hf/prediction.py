@@ -18,7 +18,7 @@ from moeclip_hf.errors import MoECLIPError, UnreadableImageError
 from moeclip_hf.modeling.image_processing_moeclip import image_size, to_rgb
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor, find_regions, read_scores, upsample
 from moeclip_hf.pretrained import Detector
-from moeclip_hf.reading import read_ahead
+from moeclip_hf.threads import read_ahead
 from moeclip_hf.tiling import Tiling, detect_in_tiles
 
 # Of a batch of images, which with their maps take seven bytes a pixel; two more batches are being read meanwhile.

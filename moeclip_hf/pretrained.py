@@ -296,13 +296,19 @@ def check_processor(source: str, processor: MoECLIPProcessor) -> None:
         f"pixel_threshold ({processor.pixel_threshold!r}) is not 0 to 1": _is_score(processor.pixel_threshold),
         f"patch_size ({images.patch_size!r}) is no number of pixels": _is_size(images.patch_size),
         f"size ({images.size}) is over {_MAX_EDGE} pixels": edges <= _MAX_EDGE,
-        f"image_mean ({images.image_mean}) is not three finite numbers": _is_per_channel(images.image_mean),
-        f"image_std ({images.image_std}) is not three positive numbers": _is_per_channel(images.image_std)
-        and min(images.image_std) > 0,
     }
-    for fault, is_sound in faults.items():
-        if not is_sound:
-            raise CheckpointError(f"{source}: its processor cannot be used: {fault}.")
+    unsound = [fault for fault, is_sound in faults.items() if not is_sound]
+    if fault := next(iter(unsound), None) or statistics_fault(images.image_mean, images.image_std):
+        raise CheckpointError(f"{source}: its processor cannot be used: {fault}.")
+
+
+def statistics_fault(image_mean: Any, image_std: Any) -> str | None:
+    """Say why images cannot be normalised with these, where they cannot."""
+    if not _is_per_channel(image_mean):
+        return f"image_mean ({image_mean}) is not three finite numbers"
+    if not _is_per_channel(image_std) or min(image_std) <= 0:
+        return f"image_std ({image_std}) is not three positive numbers"
+    return None
 
 
 def _is_score(value: Any) -> bool:
@@ -314,8 +320,10 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and value >= 1
 
 
-def _is_per_channel(values: Sequence[Any]) -> bool:
-    return len(values) == 3 and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+def _is_per_channel(values: Any) -> bool:
+    if not isinstance(values, (list, tuple)) or len(values) != 3:
+        return False
+    return all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
 
 
 def _refuse_other_processor(source: str, processor: MoECLIPProcessor, config: MoECLIPConfig) -> None:

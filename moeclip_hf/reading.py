@@ -1,13 +1,9 @@
-"""Images read in threads, ahead of the model that they are for."""
+"""Images and masks of data sets, read from what is stored."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
-from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from moeclip_hf.errors import UnreadableImageError
 from moeclip_hf.modeling.image_processing_moeclip import open_image, to_rgb
@@ -15,33 +11,6 @@ from moeclip_hf.modeling.image_processing_moeclip import open_image, to_rgb
 if TYPE_CHECKING:
     from datasets import Dataset
     from PIL import Image
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-def read_ahead(
-    read: Callable[[Item], Result], items: Iterable[Item], depth: int, workers: int = 2
-) -> Iterator[Result]:
-    """
-    Call `read` on items in threads, and give the results in order.
-
-    Args:
-        read: what reads one item; what it raises is raised where its result is due.
-        items: what to read.
-        depth: items read at most before they are asked for.
-        workers: threads.
-    """
-    remaining = iter(items)
-    with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="reader") as readers:
-        pending: deque[Future[Result]] = deque(readers.submit(read, item) for item in islice(remaining, depth))
-        try:
-            while pending:
-                yield pending.popleft().result()
-                pending.extend(readers.submit(read, item) for item in islice(remaining, 1))
-        finally:
-            for future in pending:
-                future.cancel()
 
 
 def leave_undecoded(rows: Dataset) -> Dataset:
@@ -84,6 +53,3 @@ def _open_stored(stored: dict[str, Any] | None, name: str) -> Image.Image:
         raise ValueError(f"{name}: the data set holds no image here.")
     content = stored["bytes"]
     return open_image(stored["path"] if content is None else BytesIO(content), name)
-
-
-__all__ = ["leave_undecoded", "read_ahead", "read_row"]

@@ -275,11 +275,14 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.repository(repo_id, write=not as_request)
         if revision not in repository.refs:
             raise RefusalError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        files, title = dict(self.commit(repo_id, revision)[1].files), ""
+        head, commit = self.commit(repo_id, revision)
+        files, title = dict(commit.files), ""
         for operation in map(json.loads, body.splitlines()):
             key, value = operation["key"], operation["value"]
             if key == "header":
                 title = value["summary"]
+                if not as_request and value.get("parentCommit", head) != head:
+                    raise RefusalError(412, "A commit has happened since. Please refresh and try again.")
             elif key == "file":
                 files[value["path"]] = self.hub.store(base64.b64decode(value["content"]))
             elif key == "lfsFile":

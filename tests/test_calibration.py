@@ -231,6 +231,22 @@ def test_labelled_images_give_best_f1(tmp_path):
     assert "false_alarm_rate" not in facts
 
 
+def test_images_of_a_folder_are_scored_under_the_same_name_either_way(checkpoint, tmp_path):
+    write_folder(tmp_path / "data", normal=9, anomalous=0)
+    given = ("--false-alarm-rate", "0.1", "--model", checkpoint, "--json")
+    thresholds = [
+        json.loads(run(*images, *name, *given, "--output", tmp_path / f"copy{number}").stdout)["thresholds"]
+        for number, (images, name) in enumerate(
+            [
+                ((tmp_path / "data" / "normal",), ("--class-name", "brick wall")),
+                (("--data-dir", tmp_path / "data"), ("--class-name", "brick wall")),
+                (("--data-dir", tmp_path / "data"), ()),
+            ]
+        )
+    ]
+    assert thresholds[0] == thresholds[1] != thresholds[2]
+
+
 def test_what_cannot_be_done_is_said_before_anything_is_written(normal_folder, tmp_path, pretrained):
     (tmp_path / "filled").mkdir()
     (tmp_path / "filled" / "file").touch()

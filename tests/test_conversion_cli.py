@@ -157,6 +157,36 @@ def test_a_clip_keeps_how_its_images_are_normalised(moeclip, files, tmp_path, to
     assert (list(stored.image_mean), list(stored.image_std)) == ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff\xfe",
+        b'{"image_mean": "half"}',
+        b'{"image_mean": [0.5]}',
+        b'{"image_mean": null}',
+        b'{"image_std": [0.2, 0.0, 0.2]}',
+        b'{"image_std": [0.2, NaN, 0.2]}',
+    ],
+)
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_a_damaged_processor_of_a_clip_is_told_before_anything_is_written(moeclip, tmp_path, tokenizer, name, content):
+    clip = PlainCLIP(vocab_size=len(tokenizer)).state_dict()
+    config = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    convert_openai_clip(clip, text_config=config).save_pretrained(tmp_path / "clip")
+    tokenizer.save_pretrained(tmp_path / "clip")
+    if name == "processor_config.json" and content.startswith(b'{"'):
+        content = b'{"image_processor": ' + content + b"}"
+    (tmp_path / "clip" / name).write_bytes(content)
+    status, _, errors = moeclip("convert", "openai", "--clip", tmp_path / "clip", "--output", tmp_path / "out")
+    assert status == 1
+    assert "clip: its processor cannot be " in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert not list((tmp_path / "out").glob("*"))
+
+
 def test_weights_are_stored_in_the_type_asked_for_and_refused_where_they_overflow(moeclip, files, tmp_path):
     assert moeclip(*released(files, tmp_path / "half", "--dtype", "float16"))[0] == 0
     assert AutoModel.from_pretrained(tmp_path / "half").dtype == torch.float16

@@ -326,6 +326,19 @@ def test_a_folder_of_images_is_one_class_of_normal_images(tmp_path):
     assert set(rows["class_name"]) == {"object"}
 
 
+def test_the_class_of_a_folder_of_one_may_be_named_and_no_others(tmp_path):
+    write_folder(tmp_path / "one")
+    rows = load_data(tmp_path / "one", class_name="steel_plate")
+    assert set(zip(rows["class_name"], rows["prompt_name"], strict=True)) == {("steel_plate", "steel plate")}
+    for name in ("bolt", "nut"):
+        write_folder(tmp_path / "several" / name)
+    with pytest.raises(DatasetError, match=r"several: its classes go by the names of their folders \(bolt, nut\)"):
+        load_data(tmp_path / "several", class_name="steel plate")
+    for other in ("btad", "someone/parts", "index.jsonl"):
+        with pytest.raises(DatasetError, match=f"^{other}: is no folder of one class"):
+            load_data(other, tmp_path, class_name="steel plate")
+
+
 def test_a_folder_may_hold_a_folder_a_class_in_either_form(tmp_path):
     for name in ("plain/bolt", "plain/nut"):
         write_folder(tmp_path / name)

@@ -277,6 +277,17 @@ def test_people_get_tables_reports_and_pictures(tmp_path):
         assert Image.open(tmp_path / "out" / name).width > 500
 
 
+def test_a_folder_of_one_class_is_scored_under_the_name_it_is_given(tmp_path):
+    write_folder(tmp_path / "parts")
+    scored = [
+        json.loads(run("--data-dir", tmp_path / "parts", *name, "--output-dir", tmp_path / "out", "--json").stdout)
+        for name in ((), ("--class-name", "brick wall"), ("--class-name", "object"))
+    ]
+    groups = [document["datasets"][0]["groups"][0] for document in scored]
+    assert [group["group"] for group in groups] == ["object", "brick wall", "object"]
+    assert groups[0]["metrics"] == groups[2]["metrics"] != groups[1]["metrics"]
+
+
 def test_several_data_sets_and_some_classes_are_evaluated_at_once(benchmarks, tmp_path):
     out = ("--output-dir", tmp_path / "out", "--no-pictures", "--json")
     document = json.loads(run("--dataset", "MVTec,btad", "--data-dir", benchmarks, *out).stdout)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from benchmark_trees import write_folder
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download
 from mini_hub import Handler, MiniHub
 from typer.testing import CliRunner
 
@@ -216,6 +216,26 @@ def test_a_push_that_fails_leaves_the_repository_as_it_was(hub, tmp_path, method
     with pytest.raises(PublishingError, match=BUSY):
         push_to_hub(tmp_path / "checkpoint", "ann/it", token="hf_ann")
     assert hub.repositories["ann/it"].refs["main"] == hub.commit
+
+
+def test_what_somebody_pushes_meanwhile_is_not_overwritten_unseen(hub, tmp_path, monkeypatch):
+    shutil.copytree(EMBEDDED_CHECKPOINT, tmp_path / "checkpoint")
+    repository = hub.repositories["ann/it"]
+    files = repository.commits[hub.commit].files
+    look = HfApi.list_repo_files
+
+    def look_while_somebody_pushes(*arguments, **options):
+        found = look(*arguments, **options)
+        if repository.refs["main"] == hub.commit:
+            repository.add("main", files | {"README.md": hub.store(b"# Edited on the Hub")}, "another card")
+        return found
+
+    monkeypatch.setattr(HfApi, "list_repo_files", look_while_somebody_pushes)
+    with pytest.raises(PublishingError, match=r"ann/it: somebody else pushed to it at the same time.*: push again\."):
+        push_to_hub(tmp_path / "checkpoint", "ann/it", token="hf_ann")
+    assert hub.read("ann/it", "README.md") == b"# Edited on the Hub"
+    pushed = push_to_hub(tmp_path / "checkpoint", "ann/it", token="hf_ann")
+    assert repository.refs["main"] == pushed.oid
 
 
 def test_a_card_that_cannot_be_asked_about_is_not_taken_for_one_that_is_not_there(hub, tmp_path):

@@ -137,6 +137,25 @@ def test_match_loss_is_cross_entropy_to_an_even_spread_over_what_matches():
     torch.testing.assert_close(loss, (first + second) / 2)
 
 
+def test_matrices_of_a_shape_at_once_take_the_steps_of_torchs_muon_one_by_one():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(128, 128), (512, 128), (128, 512), (128, 128), (128, 512)]
+    starts = [torch.randn(shape, generator=generator) for shape in shapes]
+    batched, plain = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    settings = {"lr": 0.1, "weight_decay": 0.05, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = pretraining.BatchedMuon(batched, **settings), torch.optim.Muon(plain, **settings)
+    for step in range(3):
+        for index, pair in enumerate(zip(batched, plain, strict=True)):
+            gradient = torch.randn(pair[0].shape, generator=generator) * 10.0 ** (step - index)
+            for weight in pair:
+                weight.grad = gradient.clone() if index + step < 6 else None
+        for optimizer in optimizers:
+            optimizer.step()
+        # A step is some 0.2 * 0.1 long in each number, and bfloat16 has 8 bits.
+        torch.testing.assert_close(batched, plain, atol=2e-4, rtol=0)
+    assert optimizers[0].state_dict()["state"].keys() == optimizers[1].state_dict()["state"].keys()
+
+
 def test_command_pretrains_goes_on_after_a_cut_and_writes_a_clip(tmp_path, monkeypatch, pictures):
     def pretrain(output, *options):
         (output / "pictures.npy").symlink_to(pictures)

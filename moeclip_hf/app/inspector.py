@@ -18,7 +18,7 @@ from moeclip_hf.explanation import explain
 from moeclip_hf.modeling.image_processing_moeclip import FORMATS, LARGEST_ASPECT_RATIO
 from moeclip_hf.prediction import Detection, detect, read_image
 from moeclip_hf.pretrained import Pretrained, load_pretrained
-from moeclip_hf.reading import read_ahead
+from moeclip_hf.threads import read_ahead
 from moeclip_hf.visualization import draw_attributions, draw_overlay, draw_routing
 
 # Pixels of the longer side of pictures that are shown, not of what is scored.

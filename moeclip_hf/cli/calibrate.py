@@ -25,7 +25,13 @@ def calibrate(
         list[str] | None,
         typer.Argument(help="Normal images: files, folders and glob patterns.", show_default=False),
     ] = None,
-    class_name: Annotated[str, typer.Option(help='What the images show, such as "metal nut".')] = "object",
+    class_name: Annotated[
+        str | None,
+        typer.Option(
+            help='What images, or those of a --data-dir of one class, show, such as "metal nut".',
+            show_default="object",
+        ),
+    ] = None,
     data_dir: Annotated[
         Path | None,
         typer.Option(help="Folder of one's own with a folder a class, or of a benchmark.", rich_help_panel=_DATA),
@@ -151,7 +157,7 @@ def _refuse_wrong_usage(
 
 def _read_rows(
     images: list[str] | None,
-    class_name: str,
+    class_name: str | None,
     dataset: str | None,
     data_dir: Path | None,
     split: str,
@@ -159,11 +165,13 @@ def _read_rows(
 ) -> Dataset:
     from moeclip_hf.calibration import normal_images
     from moeclip_hf.data import load_data
+    from moeclip_hf.data.registry import FALLBACK_PROMPT_NAME
     from moeclip_hf.prediction import find_images
 
     if images:
-        return normal_images(find_images(images), class_name)
-    return load_data(dataset or data_dir or "", data_dir, split, classes.split(",") if classes else None)
+        return normal_images(find_images(images), class_name or FALLBACK_PROMPT_NAME)
+    wanted = classes.split(",") if classes else None
+    return load_data(dataset or data_dir or "", data_dir, split, wanted, class_name=class_name)
 
 
 def _report(facts: dict[str, Any]) -> None:

@@ -45,6 +45,12 @@ def evaluate(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a checkpoint on the Hub.", show_default="main")] = None,
     classes: Annotated[str | None, typer.Option(help="With commas between.", show_default="all")] = None,
+    class_name: Annotated[
+        str | None,
+        typer.Option(
+            help='What a folder of one class of one\'s own shows, such as "metal nut".', show_default="object"
+        ),
+    ] = None,
     domain: Annotated[DomainName, typer.Option(help="Of data that is no benchmark's.")] = DomainName.industrial,
     output_dir: Annotated[Path, typer.Option(help="Where results and pictures are written.")] = Path(
         "moeclip-evaluation"
@@ -81,7 +87,7 @@ def evaluate(
     is_main = join_processes()
     if pictures:
         require_matplotlib()
-    data_sets = _read_data_sets(dataset, data_dir, classes, domain.value)
+    data_sets = _read_data_sets(dataset, data_dir, classes, class_name, domain.value)
     pretrained = load_pretrained(model, device, dtype.value if dtype else None, revision)
     results = []
     for name, rows in data_sets.items():
@@ -107,7 +113,7 @@ def evaluate(
 
 
 def _read_data_sets(
-    dataset: str | None, data_dir: Path | None, classes: str | None, domain: Domain
+    dataset: str | None, data_dir: Path | None, classes: str | None, class_name: str | None, domain: Domain
 ) -> dict[str, Dataset]:
     """The data sets by name, all of them read before the first is evaluated."""
     from moeclip_hf.data import BENCHMARKS, load_data
@@ -118,7 +124,8 @@ def _read_data_sets(
         wanted = list(BENCHMARKS)
     data_sets = {}
     for source in wanted:
-        rows = load_data(source, data_dir, classes=classes.split(",") if classes else None, domain=domain)
+        named = classes.split(",") if classes else None
+        rows = load_data(source, data_dir, classes=named, class_name=class_name, domain=domain)
         name = next(iter(rows["dataset"]))
         if name in data_sets:
             raise DatasetError(f"{source}: a data set named {name} is evaluated already: evaluate them one by one")

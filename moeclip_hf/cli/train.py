@@ -73,6 +73,12 @@ def train(
     ] = None,
     split: Annotated[str, typer.Option(help="Part of the data; the method trains on test images.")] = "test",
     classes: Annotated[str | None, typer.Option(help="Names, with commas.", show_default="all")] = None,
+    class_name: Annotated[
+        str | None,
+        typer.Option(
+            help='What a folder of one class of one\'s own shows, such as "metal nut".', show_default="object"
+        ),
+    ] = None,
     skip_unreadable: Annotated[
         bool,
         typer.Option(
@@ -184,7 +190,7 @@ def train(
         disable_tqdm=not sys.stderr.isatty(),
     )
     check_installed(args)
-    rows = load_data(source, data_dir, split, classes.split(",") if classes else None)
+    rows = load_data(source, data_dir, split, classes.split(",") if classes else None, class_name=class_name)
     model, processor = start_model(
         clip, chosen, seed, image_size, fresh, **{name: given[name] for name in _MODEL_SETTINGS & given.keys()}
     )

@@ -28,6 +28,7 @@ def load_data(
     split: str = "test",
     classes: Collection[str] | None = None,
     *,
+    class_name: str | None = None,
     domain: Domain = "industrial",
     streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
@@ -40,6 +41,7 @@ def load_data(
             by default).
         split: "test"; "train" for the normal training images of a tree; any split of a Hub data set.
         classes: the classes to read, all by default.
+        class_name: what the images of a folder of one class show; "object" by default. Other data name their classes.
         domain: "industrial" or "medical", for data that is not a benchmark's.
         streaming: read a Hub data set while iterating; gives an `IterableDataset`.
 
@@ -51,6 +53,8 @@ def load_data(
         DatasetError: there is nothing to read there, or not as it should be.
     """
     name, path = str(source), Path(source)
+    if class_name is not None:
+        return _load_class(path, split, classes, class_name, domain)
     if not isinstance(source, Path) and find_benchmark(name) is not None:
         if data_dir is None:
             raise DatasetError(
@@ -66,6 +70,21 @@ def load_data(
     if "/" in name:
         raise DatasetError(f"no such folder: {name}")
     return load_benchmark(name, data_dir or "", split, classes)
+
+
+def _load_class(
+    root: Path, split: str, classes: Collection[str] | None, class_name: str, domain: Domain
+) -> datasets.Dataset:
+    """Read a folder of one class, which has no name of its own."""
+    if not root.is_dir():
+        raise DatasetError(f"{root}: is no folder of one class, which alone is given a class name ({class_name!r})")
+    rows = load_folder(root, split, classes, class_name=class_name, domain=domain)
+    if named := sorted(set(rows["class_name"]) - {class_name}):
+        raise DatasetError(
+            f"{root}: its classes go by the names of their folders ({', '.join(named)}), and not by {class_name!r}: "
+            "leave the class name out, or rename the folders"
+        )
+    return rows
 
 
 def load_benchmark(

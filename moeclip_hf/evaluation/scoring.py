@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from moeclip_hf.data import read_mask
-from moeclip_hf.reading import leave_undecoded, read_ahead, read_row
+from moeclip_hf.reading import leave_undecoded, read_row
+from moeclip_hf.threads import read_ahead
 
 if TYPE_CHECKING:
     from datasets import Dataset

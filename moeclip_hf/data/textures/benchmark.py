@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from moeclip_hf.data.textures import cloth, manufactured, natural
 from moeclip_hf.data.textures.canvas import Array, Canvas, rgb
 from moeclip_hf.data.textures.defects import DEFECTS, add_defect
 from moeclip_hf.errors import DatasetError
+from moeclip_hf.threads import read_ahead
 
 FAMILIES = dict(sorted({**cloth.FAMILIES, **manufactured.FAMILIES, **natural.FAMILIES}.items()))
 """Functions that draw a sample of a family of textures, by the family's name."""
@@ -88,11 +90,16 @@ def write_texture_benchmark(
         for part, kind, indices in _parts(kinds, train, normal, anomalous)
         for index in indices
     ]
-    for done, (family, part, index, kind) in enumerate(images, start=1):
+
+    def write(wanted: tuple[str, str, int, str | None]) -> None:
+        family, part, index, kind = wanted
         image, mask = render(family, kind, size, (seed, zlib.crc32(part.encode()), index))
         _save(image, root / family / part / f"{index:03d}.png")
         if kind is not None:
             _save(mask, root / family / "ground_truth" / kind / f"{index:03d}_mask.png")
+
+    workers = os.cpu_count() or 1
+    for done, _ in enumerate(read_ahead(write, images, 2 * workers, workers), start=1):
         if progress is not None:
             progress(done, len(images))
 
