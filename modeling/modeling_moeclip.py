@@ -290,6 +290,7 @@ class MoECLIPModel(CLIPModel):
                 f"Every class needs normal and abnormal sentences; prompt_groups counts {counts.tolist()}."
             )
         sentences = unit_length(self.text_adapter(prompt_features))
+        prompt_groups = prompt_groups.to(sentences.device)  # a device map may put the text adapter elsewhere
         sums = sentences.new_zeros(num_groups, sentences.shape[-1]).index_add(0, prompt_groups, sentences)
         return unit_length(sums).unflatten(0, (-1, 2))
 
@@ -433,12 +434,13 @@ class MoECLIPModel(CLIPModel):
         )
 
     def _losses(self, anomaly_logits, logits_per_image, adapted, labels, masks) -> dict[str, torch.Tensor]:
-        """The unweighted terms that the given targets allow."""
+        """The unweighted terms that the given targets allow, all on the device of the anomaly logits."""
         losses = {}
         if masks is not None:
             losses["segmentation"] = segmentation_loss(anomaly_logits, masks.to(anomaly_logits.device))
         if labels is not None:
-            losses["classification"] = classification_loss(logits_per_image, labels.to(logits_per_image.device))
+            classification = classification_loss(logits_per_image, labels.to(logits_per_image.device))
+            losses["classification"] = classification.to(anomaly_logits.device)
         for name, terms in (("etf", [a.etf_loss for a in adapted]), ("balance", [a.balance_loss for a in adapted])):
             live = [term.to(anomaly_logits.device) for term in terms if term is not None]
             losses[name] = torch.stack(live).sum() if live else anomaly_logits.new_zeros(())

@@ -295,9 +295,11 @@ class MoELora(nn.Module):
             hidden_states (`torch.Tensor`): (..., d), all tokens, the class token too.
             output_losses (`bool`): also compute the ETF and the balance term.
         """
-        output = self.mix(hidden_states, output_losses)
-        adapted = norm_matched_residual(hidden_states, output.hidden_states, self.residual_weight)
-        return output._replace(hidden_states=adapted)
+        # Experts that come from a PEFT adapter may be float32 over a model in half precision.
+        inputs = hidden_states.to(self.lora_B.dtype)
+        output = self.mix(inputs, output_losses)
+        adapted = norm_matched_residual(inputs, output.hidden_states, self.residual_weight)
+        return output._replace(hidden_states=adapted.to(hidden_states.dtype))
 
 
 @contextmanager

@@ -86,7 +86,8 @@ class MoECLIPProcessor(ProcessorMixin):
             pretrained_model_name_or_path, processor_dict, **kwargs
         )
         if not hasattr(image_processor, "patch_size"):
-            where = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
+            names = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
+            where = {name: kwargs[name] for name in names if name in kwargs}
             vision: Any = CLIPConfig.from_pretrained(pretrained_model_name_or_path, **where).vision_config
             image_processor = MoECLIPImageProcessor.for_clip(
                 vision.image_size,

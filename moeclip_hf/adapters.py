@@ -129,7 +129,8 @@ def load_adapter(
         adapter_name (`str`): the name that the adapter gets.
         is_trainable (`bool`): whether the adapter is to be trained on.
         revision (`str`, *optional*): of the adapter's Hub repository.
-        base_kwargs: for [`MoECLIPModel.from_pretrained`], such as `dtype` and `device_map`.
+        base_kwargs: for [`MoECLIPModel.from_pretrained`], such as `dtype` and `device_map`; no part may rest on the
+            disk.
 
     Returns:
         `PeftModel`, in eval mode unless trainable.
@@ -145,6 +146,11 @@ def load_adapter(
         raise CheckpointError(f"{adapter}: does not name its base: pass base, the CLIP that it was made over.")
     assert config.base_settings is not None  # or it would not have been read
     bare = _load_base(str(base), str(adapter), config.base_settings, base_revision, **base_kwargs)
+    if "disk" in getattr(bare, "hf_device_map", {}).values():
+        raise CheckpointError(
+            f"{adapter}: PEFT cannot put it into a model with weights on the disk: name other devices in device_map, "
+            "or make a full checkpoint of the two (moeclip_hf.adapters.adapter_to_full), which may rest there."
+        )
     try:
         adapted = PeftModel.from_pretrained(bare, str(folder), adapter_name=adapter_name, is_trainable=is_trainable)
     except KeyError as error:

@@ -6,21 +6,22 @@ import fnmatch
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from moeclip_hf.data import LABELS, Record, read_mask
 from moeclip_hf.data.records import to_dataset
 from moeclip_hf.errors import CheckpointError, MoECLIPError, UnreadableImageError
 from moeclip_hf.evaluation.checkpointing import write_whole
 from moeclip_hf.histogram import ScoreHistogram
+from moeclip_hf.modeling.processing_moeclip import patch_maps, upsample
 from moeclip_hf.pretrained import PUBLISHED_FILES, Pretrained
 from moeclip_hf.reading import leave_undecoded, read_row
 from moeclip_hf.threads import read_ahead
@@ -57,6 +58,16 @@ class CalibrationScores:
     labels: list[int] = field(default_factory=list)
     normal_pixels: ScoreHistogram = field(default_factory=ScoreHistogram)
     anomalous_pixels: ScoreHistogram = field(default_factory=ScoreHistogram)
+
+
+class _Sample(NamedTuple):
+    """What is kept of an image until it is scored: pixels as prepared, (1, 3, h, w), its size (H, W) and mask."""
+
+    label: int
+    prompt_name: str
+    pixel_values: torch.Tensor
+    size: tuple[int, int]
+    mask: NDArray[np.bool_] | None
 
 
 def conformal_threshold(scores: ArrayLike, false_alarm_rate: float) -> float:
@@ -211,24 +222,26 @@ def score_for_calibration(
 
     stored = leave_undecoded(rows)
 
-    def read(index: int) -> tuple[dict[str, Any], torch.Tensor]:
+    def read(index: int) -> _Sample:
         row = read_row(stored, index)
+        image = row["image"]
         try:
-            return row, processor(images=row["image"], return_tensors="pt")["pixel_values"]
+            pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
         except ValueError as error:  # a strip whose aspect ratio is to be kept
             raise UnreadableImageError(f"{row['image_path']}: {error}") from error
+        mask = read_mask(row) if with_pixels else None
+        return _Sample(row["label"], row["prompt_name"], pixel_values, (image.height, image.width), mask)
 
-    batch = []
-    for done, item in enumerate(read_ahead(read, range(len(rows)), depth=2 * batch_size), start=1):
-        batch.append(item)
+    batch: list[_Sample] = []
+    for done, sample in enumerate(read_ahead(read, range(len(rows)), depth=2 * batch_size), start=1):
+        batch.append(sample)
         if len(batch) < batch_size and done < len(rows):
             continue
-        samples, pixel_values = zip(*batch, strict=True)
-        batch = []
+        samples, batch = batch, []
         with torch.inference_mode():
             outputs = model(
-                torch.cat(pixel_values).to(model.device, model.dtype),
-                text_embeds=torch.cat([anchors[row["prompt_name"]] for row in samples]),
+                torch.cat([sample.pixel_values for sample in samples]).to(model.device, model.dtype),
+                text_embeds=torch.cat([anchors[sample.prompt_name] for sample in samples]),
             )
         try:
             results = processor.post_process_anomaly_detection(outputs)
@@ -236,7 +249,7 @@ def score_for_calibration(
             raise MoECLIPError(str(error)) from error
         scored.scores += [result["score"] for result in results]
         scored.map_maxima += [float(result["map"].max()) for result in results]
-        scored.labels += [row["label"] for row in samples]
+        scored.labels += [sample.label for sample in samples]
         if with_pixels:
             _collect_pixels(scored, pretrained, outputs, samples)
         if progress is not None:
@@ -303,16 +316,15 @@ def _split_by_label(values: list[float], labels: np.ndarray) -> tuple[ScoreHisto
 
 
 def _collect_pixels(
-    scored: CalibrationScores, pretrained: Pretrained, outputs: Any, samples: tuple[dict[str, Any], ...]
+    scored: CalibrationScores, pretrained: Pretrained, outputs: Any, samples: Sequence[_Sample]
 ) -> None:
-    sizes = [(row["image"].height, row["image"].width) for row in samples]
-    results = pretrained.processor.post_process_anomaly_detection(outputs, sizes)
-    for row, result in zip(samples, results, strict=True):
-        mask = read_mask(row)
-        if mask is not None:
-            anomaly_map = result["map"].cpu().numpy()
-            scored.normal_pixels.add(anomaly_map[~mask])
-            scored.anomalous_pixels.add(anomaly_map[mask])
+    """Count the pixels of the images whose masks are known; one map at a time is as large as its image."""
+    grids, _ = patch_maps(outputs, pretrained.processor.domain)
+    for sample, grid in zip(samples, grids, strict=True):
+        if sample.mask is not None:
+            anomaly_map = upsample(grid.unsqueeze(0), sample.size)[0].cpu().numpy()
+            scored.normal_pixels.add(anomaly_map[~sample.mask])
+            scored.anomalous_pixels.add(anomaly_map[sample.mask])
 
 
 __all__ = [

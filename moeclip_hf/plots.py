@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _OUTLINE_COLOUR = (0, 255, 255)
+# Names may hold dollar signs, which mean no formula.
+_AS_IT_IS: dict[str, Any] = {"parse_math": False}
 
 # Of `AnomalyMetrics.curves`: heading, horizontal and vertical axis.
 _CURVES = {
@@ -39,7 +41,8 @@ def draw_curves(curves: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
 
     panels = [kind for kind in _CURVES if any(of_class[kind] is not None for of_class in curves.values())]
     figure = Figure(figsize=(3.4 * max(len(panels), 1) + 2, 3.9), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, **_AS_IT_IS)
+    lines: dict[str, Any] = {}
     colours = [colormaps["tab20"](number) for number in range(20)]
     for axes, kind in zip(figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels, strict=False):
         heading, horizontal, vertical = _CURVES[kind]
@@ -51,10 +54,12 @@ def draw_curves(curves: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
         for number, (name, of_class) in enumerate(curves.items()):
             if of_class[kind] is not None:
                 colour = colours[number % len(colours)]
-                axes.plot(*of_class[kind], color=colour, label=name, linewidth=1.3, drawstyle=style)
-    if panels:
-        handles, names = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside right center", fontsize="small")
+                (lines[name],) = axes.plot(*of_class[kind], color=colour, linewidth=1.3, drawstyle=style)
+    if lines:
+        # Named afterwards: a label that begins with an underscore is left out.
+        legend = figure.legend(list(lines.values()), ["-"] * len(lines), loc="outside right center", fontsize="small")
+        for text, name in zip(legend.get_texts(), lines, strict=True):
+            text.set(text=name, **_AS_IT_IS)
     return figure
 
 
@@ -74,16 +79,16 @@ def draw_captioned(rows: Mapping[str, Sequence[tuple[str, Image.Image]]], title:
     filled = {heading: pictures for heading, pictures in rows.items() if pictures}
     columns = max(len(pictures) for pictures in filled.values())
     figure = Figure(figsize=(3.6 * columns, 2.4 * len(filled) + 0.4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, **_AS_IT_IS)
     for strip, (heading, pictures) in zip(
         figure.subfigures(len(filled), squeeze=False)[:, 0], filled.items(), strict=True
     ):
-        strip.suptitle(heading, fontsize="medium", x=0.01, ha="left")
+        strip.suptitle(heading, fontsize="medium", x=0.01, ha="left", **_AS_IT_IS)
         for axes in strip.subplots(1, columns, squeeze=False)[0]:
             axes.axis("off")
         for axes, (caption, picture) in zip(strip.axes, pictures, strict=False):
             axes.imshow(np.asarray(picture))
-            axes.set_title(caption, fontsize="x-small")
+            axes.set_title(caption, fontsize="x-small", **_AS_IT_IS)
     return figure
 
 

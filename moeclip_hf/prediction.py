@@ -3,6 +3,7 @@
 import glob
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from moeclip_hf.data.layouts import IMAGE_SUFFIXES
-from moeclip_hf.errors import MoECLIPError, UnreadableImageError
+from moeclip_hf.errors import MoECLIPError, MoECLIPWarning, UnreadableImageError
 from moeclip_hf.modeling.image_processing_moeclip import image_size, to_rgb
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor, find_regions, read_scores, upsample
 from moeclip_hf.pretrained import Detector
@@ -23,6 +24,8 @@ from moeclip_hf.tiling import Tiling, detect_in_tiles
 
 # Of a batch of images, which with their maps take seven bytes a pixel; two more batches are being read meanwhile.
 _PIXELS_AT_ONCE = 1 << 25
+# What `moeclip predict` and `explain` add to an image's name.
+_RESULTS = ("_overlay.png", "_map.png", "_routing.png", "_attributions.png")
 
 
 @dataclass
@@ -78,7 +81,9 @@ class Detection:
         return upsample(self.grid.unsqueeze(0), size)[0]
 
 
-def find_images(sources: Iterable[str | Path], exclude: Path | None = None) -> list[Path]:
+def find_images(
+    sources: Iterable[str | Path], exclude: Path | None = None, without_results: bool = False
+) -> list[Path]:
     """
     List image files.
 
@@ -87,6 +92,8 @@ def find_images(sources: Iterable[str | Path], exclude: Path | None = None) -> l
             folders) and glob patterns. A broken link is listed as well: whoever reads it is told.
         exclude (*optional*): a folder that results are written to. It is passed over; where it is a folder to be
             searched, or holds one, just the files named as results are.
+        without_results (`bool`): leave out, with a warning, what is named as a result of an image that is found too,
+            in whatever folder: `a_overlay.png`, `a_map.png`, `a_routing.png` and `a_attributions.png` beside `a.jpg`.
 
     Raises:
         MoECLIPError: for a folder or a pattern without images, and for a folder that may not be searched.
@@ -106,7 +113,22 @@ def find_images(sources: Iterable[str | Path], exclude: Path | None = None) -> l
         if not files:
             raise MoECLIPError(f"{source}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
         found.update(dict.fromkeys(files))
-    return list(found)
+    return _leave_out_results(list(found)) if without_results else list(found)
+
+
+def _leave_out_results(files: list[Path]) -> list[Path]:
+    """The files but for those that are named as results of others, which are told."""
+    images = {name for file in files for name in (file.stem, file.name)}
+    results = [
+        file
+        for file in files
+        if any(file.name.endswith(ending) and file.name.removesuffix(ending) in images for ending in _RESULTS)
+    ]
+    if results:
+        text = f"{len(results)} files are left out, named as results of other images: the first is {results[0]}"
+        warnings.warn(text, MoECLIPWarning, stacklevel=3)
+    left_out = set(results)
+    return [file for file in files if file not in left_out]
 
 
 def _images_below(folder: Path) -> list[Path]:

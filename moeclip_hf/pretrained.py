@@ -18,7 +18,7 @@ from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
 from moeclip_hf.modeling.image_processing_moeclip import MoECLIPImageProcessor
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor, patch_maps
-from moeclip_hf.stored_weights import check_weights, read_headers, refuse_non_finite
+from moeclip_hf.stored_weights import WEIGHT_DTYPES, check_weights, read_headers, refuse_non_finite
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -98,7 +98,7 @@ def best_device() -> torch.device:
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
-    """float16 on CUDA, where it is as exact as maps need and several times as fast; float32 elsewhere."""
+    """float16 on CUDA, for speed; float32 elsewhere. What float16 does to figures was not measured."""
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
@@ -118,6 +118,7 @@ def load_pretrained(
         revision (`str`, *optional*): of a Hub repository.
 
     Raises:
+        MoECLIPError: if the device cannot be used, or a model cannot compute in the type.
         CheckpointError: if it is not there, is no MoECLIP checkpoint, its weights are not just those that its
             configuration asks for, or its processor is another model's.
     """
@@ -125,7 +126,7 @@ def load_pretrained(
     if Path(source).exists() and not Path(source).is_dir():
         raise CheckpointError(f"{source}: is a file: name the checkpoint's folder, or a Hub id.")
     device = _usable_device(device) if device is not None else best_device()
-    dtype = best_dtype(device) if dtype is None else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = best_dtype(device) if dtype is None else _usable_dtype(dtype)
     folder = fetch_checkpoint(source, revision)
     # What was fetched is a commit's snapshot: from here on nothing is asked of the Hub.
     pinned = {} if Path(source).is_dir() else {"revision": folder.name, "local_files_only": True}
@@ -158,7 +159,8 @@ def fetch_checkpoint(source: "str | PathLike[str]", revision: str | None = None)
         The folder itself, or the snapshot in the cache, whose name is the commit's. Code is not downloaded.
 
     Raises:
-        CheckpointError: if it is not there, cannot be had, or has not the files of a checkpoint.
+        CheckpointError: if it is not there, cannot be had, has not the files of a checkpoint, or is both a model and
+            an adapter.
     """
     folder = _fetch(source, _CHECKPOINT_FILES, revision)
     # Where a repository has none of the files, there is not even a folder.
@@ -171,7 +173,7 @@ def fetch_adapter(source: "str | PathLike[str]", revision: str | None = None) ->
     Find an adapter's folder, which need not hold a processor, as [`fetch_checkpoint`] does.
 
     Raises:
-        CheckpointError: if it is not there or cannot be had.
+        CheckpointError: if it is not there, cannot be had, or is both a model and an adapter.
     """
     return _fetch(source, _CHECKPOINT_FILES, revision)
 
@@ -181,7 +183,7 @@ def fetch_clip(source: "str | PathLike[str]", revision: str | None = None) -> Pa
     Find the folder of a model, a plain CLIP's too, as [`fetch_checkpoint`] does, whatever form its weights have.
 
     Raises:
-        CheckpointError: if it is not there or cannot be had.
+        CheckpointError: if it is not there, cannot be had, or is both a model and an adapter.
     """
     folder = _fetch(source, _CLIP_FILES, revision)
     if not Path(source).is_dir() and not any(folder.glob("*.safetensors")):
@@ -194,13 +196,22 @@ def _fetch(source: "str | PathLike[str]", files: Sequence[str], revision: str | 
     folder = Path(source)
     if folder.is_dir():
         refuse_links(folder)
-        return folder
-    try:
-        return Path(
-            snapshot_download(str(source), revision=revision, allow_patterns=list(files), ignore_patterns="*/*")
+    else:
+        folder = _download(str(source), files, revision)
+    # transformers would put the adapter, of whatever kind and size, into the model, and nobody has looked at it.
+    if (folder / CONFIG).exists() and (folder / ADAPTER_CONFIG).exists():
+        raise CheckpointError(
+            f"{source}: holds both {CONFIG}, of a model, and {ADAPTER_CONFIG}, of an adapter: put the adapter's files "
+            "into a folder of their own."
         )
+    return folder
+
+
+def _download(source: str, files: Sequence[str], revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(files), ignore_patterns="*/*"))
     except Exception as error:  # of the Hub, of the network, of the disk
-        reason = describe_hub_error(error, str(source), revision)
+        reason = describe_hub_error(error, source, revision)
         if reason is None:
             reason = f"{source}: cannot be downloaded: {' '.join(str(error).split()) or type(error).__name__}"
         raise CheckpointError(reason) from error
@@ -360,6 +371,14 @@ def _usable_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise MoECLIPError(f"device {str(device)!r} cannot be used here: {reason}") from error
+    return usable
+
+
+def _usable_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    usable: Any = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if usable not in WEIGHT_DTYPES.values():
+        names = ", ".join(str(one).removeprefix("torch.") for one in WEIGHT_DTYPES.values())
+        raise MoECLIPError(f"dtype ({dtype!r}) must be one of {names}.")
     return usable
 
 

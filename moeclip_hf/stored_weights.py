@@ -31,7 +31,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # How the names of what a MoECLIP has beside its CLIP begin.
 MOECLIP_PARTS = ("moe_layers.", "text_adapter.", "patch_projection.", "depthwise_adapter.")
 
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+# The types that weights may have, by their names in safetensors' headers.
+WEIGHT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 # How many names of a kind an error lists.
 _MAX_LISTED = 8
 _MAX_SHOWN = 300
@@ -98,7 +99,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         with safe_open(file, "pt") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
             return {
-                name: StoredTensor(tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()))
+                name: StoredTensor(tuple(part.get_shape()), WEIGHT_DTYPES.get(part.get_dtype(), part.get_dtype()))
                 for name, part in slices.items()
             }
     content = torch.load(file, map_location="meta", weights_only=True)
@@ -192,7 +193,7 @@ def find_faults(tensors: Described, expected: Described) -> dict[str, list[str]]
             if tuple(tensors[key].shape) != tuple(expected[key].shape)
         ],
         "of another type": [
-            f"{key}: {tensors[key].dtype}" for key in shared if tensors[key].dtype not in _DTYPES.values()
+            f"{key}: {tensors[key].dtype}" for key in shared if tensors[key].dtype not in WEIGHT_DTYPES.values()
         ],
     }
 
@@ -233,7 +234,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def refuse_non_finite(source: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse weights that hold NaN or infinity, by name."""
-    faulty = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not is_finite(tensor)]
+    """Refuse weights that hold NaN or infinity, by name; offloaded ones, on the meta device, are not looked at."""
+    at_hand = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.is_meta}
+    faulty = [name for name, tensor in at_hand.items() if not is_finite(tensor)]
     if faulty:
         raise CheckpointError(f"{source}: holds NaN or infinity: {list_faults({'non-finite': faulty})}.")

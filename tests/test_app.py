@@ -35,7 +35,7 @@ from moeclip_hf.app.inspector import (
 )
 from moeclip_hf.app.samples import render_samples, samples_of_folder
 from moeclip_hf.cli import app as cli
-from moeclip_hf.errors import MoECLIPError, UnreadableImageError
+from moeclip_hf.errors import MoECLIPError, MoECLIPWarning, UnreadableImageError
 from moeclip_hf.prediction import Detection, detect, predict, read_image
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
 
@@ -320,10 +320,12 @@ def test_a_model_is_chosen_by_folder_and_a_wrong_one_leaves_the_last(handlers, s
 
 
 def test_samples_of_a_folder_are_named_after_the_folders_within(spotted, tmp_path):
-    (tmp_path / "metal_nut").mkdir()
-    for path in (tmp_path / "a.png", tmp_path / "metal_nut" / "b.png"):
-        path.write_bytes(spotted.read_bytes())
-    samples = samples_of_folder(tmp_path, max_megapixels=1)
+    for name in ("metal_nut", "moeclip-output"):
+        (tmp_path / name).mkdir()
+    for name in ("a.png", "metal_nut/b.png", "moeclip-output/a_overlay.png"):
+        (tmp_path / name).write_bytes(spotted.read_bytes())
+    with pytest.warns(MoECLIPWarning, match=r"1 files are left out.*a_overlay\.png"):
+        samples = samples_of_folder(tmp_path, max_megapixels=1)
     assert [(sample.path.name, sample.class_name) for sample in samples] == [
         ("a.png", "object"),
         ("b.png", "metal nut"),
@@ -391,6 +393,12 @@ def test_no_file_beyond_the_pages_own_is_served(address, path):
         assert "root:" not in answer.text
     if path.lower().startswith("http"):
         assert get(address, f"/gradio_api/file={path}").text == "Only uploaded files are served."
+
+
+@pytest.mark.parametrize("url", ["http://example.org/x", "http%3A%2F%2Fexample.org/x", "https://example.org/x"])
+def test_the_way_to_files_that_gradio_has_beside_leads_to_no_address_of_the_web(address, url):
+    answer = get(address, f"/gradio_api/file/{url}")
+    assert (answer.status_code, answer.text) == (403, "The page does not ask for this.")
 
 
 @pytest.mark.parametrize("route", ["/assets/", "/static/", "/gradio_api/proxy=http://example.org/", "/svelte/"])

@@ -43,3 +43,18 @@ def test_the_command_listens_to_this_machine_alone_unless_told_otherwise(monkeyp
     assert CliRunner().invoke(cli, ["app", *arguments]).exit_code == 0
     assert built == [(None, None, choose_model, 64, None)]
     assert launched == [(None, host, None, 32)]
+
+
+def test_no_process_serves_files_past_the_guard(monkeypatch):
+    import gradio as gr
+
+    from moeclip_hf.app import launch_app
+
+    monkeypatch.setenv("GRADIO_NUM_WORKERS", "1")
+    with gr.Blocks(analytics_enabled=False) as page:
+        gr.HTML("page")
+    launch_app(page, block=False)
+    try:
+        assert getattr(page, "_static_worker_pool", None) is None
+    finally:
+        page.close()

@@ -1,9 +1,11 @@
 """Thresholds hold the false-alarm rate they promise, or the best F1 there is, and travel with the checkpoint."""
 
 import errno
+import gc
 import json
 import re
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +29,12 @@ from moeclip_hf.calibration import (
 )
 from moeclip_hf.cli import app
 from moeclip_hf.data import load_folder
-from moeclip_hf.errors import CheckpointError, MoECLIPError, UnreadableImageError
+from moeclip_hf.errors import CheckpointError, MoECLIPError, MoECLIPWarning, UnreadableImageError
 from moeclip_hf.histogram import ScoreHistogram
 from moeclip_hf.prediction import find_images, predict
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
+from moeclip_hf.reading import read_row
+from moeclip_hf.threads import read_ahead
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +158,27 @@ def test_what_is_scored_is_what_predict_gives(pretrained, tmp_path):
     )
 
 
+def test_no_image_is_held_while_it_waits_to_be_scored(pretrained, tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    images = []
+
+    def read(rows, index):
+        row = read_row(rows, index)
+        images.append(weakref.ref(row["image"]))
+        return row
+
+    def read_all(read, items, depth):
+        waiting = list(read_ahead(read, items, depth))
+        gc.collect()
+        assert [image() for image in images] == [None] * 4
+        return waiting
+
+    monkeypatch.setattr("moeclip_hf.calibration.read_row", read)
+    monkeypatch.setattr("moeclip_hf.calibration.read_ahead", read_all)
+    scored = score_for_calibration(pretrained, load_folder(tmp_path), with_pixels=True)
+    assert len(scored.scores) == 4
+
+
 def test_a_model_in_training_mode_is_calibrated_as_in_use(pretrained, normal_folder):
     rows = normal_images(find_images([normal_folder])[:3], "object")
     scored = score_for_calibration(pretrained, rows)
@@ -176,6 +201,18 @@ def test_a_calibrated_copy_calls_the_promised_share_anomalous(normal_folder, che
     for file in checkpoint.iterdir():
         same = (tmp_path / "copy" / file.name).read_bytes() == file.read_bytes()
         assert same == (file.name != "processor_config.json")
+
+
+def test_what_predict_wrote_below_the_photos_is_no_normal_image(normal_folder, checkpoint, tmp_path, monkeypatch):
+    photos = shutil.copytree(normal_folder, tmp_path / "photos")
+    monkeypatch.chdir(photos)
+    predicted = CliRunner().invoke(app, ["predict", ".", "--model", str(checkpoint), "--device", "cpu"])
+    assert predicted.exit_code == 0, predicted.output
+    assert len(list((photos / "moeclip-output").glob("*_overlay.png"))) == 30
+    options = ("--false-alarm-rate", "0.1", "--model", checkpoint, "--output", tmp_path / "copy", "--json")
+    with pytest.warns(MoECLIPWarning, match="30 files are left out, named as results of other images"):
+        facts = json.loads(run(".", *options).stdout)
+    assert facts["normal_images"] == 30
 
 
 def test_machines_get_the_thresholds_that_are_stored(normal_folder, checkpoint, tmp_path):

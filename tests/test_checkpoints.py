@@ -12,6 +12,9 @@ from tiny_models import random_anchors, random_pixels, random_prompts, tiny_conf
 from transformers import AutoModel, CLIPConfig, CLIPModel
 
 from moeclip_hf import MoECLIPModel
+from moeclip_hf.errors import CheckpointError, MoECLIPError
+from moeclip_hf.pretrained import load_pretrained
+from moeclip_hf.stored_weights import refuse_non_finite
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -71,6 +74,19 @@ def test_parts_may_rest_on_the_disk_until_they_are_needed(tmp_path, part):
         actual = offloaded(random_pixels(), **prompts)
     assert torch.allclose(actual.anomaly_logits, expected.anomaly_logits, atol=1e-4)
     assert torch.allclose(actual.logits_per_image, expected.logits_per_image, atol=1e-6)
+
+
+def test_weights_that_are_offloaded_are_not_asked_whether_they_are_finite_and_others_are():
+    offloaded, rotten = torch.empty(2, 3, device="meta"), torch.tensor([1.0, float("nan")])
+    refuse_non_finite("it", {"offloaded": offloaded, "sound": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"^it: holds NaN or infinity: 1 non-finite \(rotten\)"):
+        refuse_non_finite("it", {"offloaded": offloaded, "rotten": rotten})
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp16", "load", "int8", torch.int8])
+def test_a_type_that_no_model_computes_in_is_refused_with_those_that_one_can(dtype):
+    with pytest.raises(MoECLIPError, match=r"^dtype \(.*\) must be one of float16, bfloat16, float32, float64\.$"):
+        load_pretrained(device="cpu", dtype=dtype)
 
 
 def test_a_model_is_drawn_in_half_precision_too():

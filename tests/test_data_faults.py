@@ -167,6 +167,19 @@ def test_a_run_is_not_resumed_on_other_images(clip, sound, tmp_path):
         fewer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+def test_a_run_is_resumed_on_images_that_were_moved_and_not_on_other_masks(clip, parts, tmp_path):
+    output, moved = tmp_path / "out", tmp_path / "elsewhere" / "parts"
+    tiny_trainer(clip, load_folder(parts), output, save_steps=2, max_steps=2).train()
+    shutil.copytree(parts, moved, copy_function=shutil.copyfile)  # the times are those of the copy
+    shutil.rmtree(parts)
+    resumed = tiny_trainer(clip, load_folder(moved), output, max_steps=3)
+    resumed.train(resume_from_checkpoint=str(output / "checkpoint-2"))
+    assert resumed.state.global_step == 3
+    Image.effect_noise((20, 20), 60).save(moved / "nut" / "masks" / "0.png")
+    with pytest.raises(CheckpointError, match=r"was trained with images 24, digest .*, not 24, digest"):
+        tiny_trainer(clip, load_folder(moved), output).train(resume_from_checkpoint=str(output / "checkpoint-2"))
+
+
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_one_corrupt_image_among_thousands_is_named(tmp_path, count):
     write_parts(tmp_path / "one")
@@ -247,6 +260,38 @@ def test_images_of_a_kind_that_is_not_read_are_told_and_notes_are_not(tmp_path):
         assert len(load_data(tmp_path)) == 4
 
 
+def test_images_in_folders_within_a_labels_folder_are_told_and_refused_where_there_are_no_others(tmp_path):
+    write_parts(tmp_path / "parts", normal=2)
+    lot = tmp_path / "parts" / "normal" / "lot1" / "day2"
+    lot.mkdir(parents=True)
+    (tmp_path / "parts" / "normal" / "notes").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load_data(tmp_path / "parts")) == 4
+    (tmp_path / "parts" / "normal" / "0.png").rename(lot / "0.png")
+    with pytest.warns(MoECLIPWarning, match="normal: images in folders within it are not read, as in lot1") as told:
+        assert load_data(tmp_path / "parts")["label"][:] == [1, 1, 0]
+    assert len(told) == 1
+    (tmp_path / "parts" / "normal" / "1.png").rename(lot / "1.png")
+    with pytest.raises(DatasetError, match=r"parts/normal: images in folders within it .*: move them up into it"):
+        load_data(tmp_path / "parts")
+
+
+def test_the_parts_of_a_folder_whose_normal_images_lie_in_itself_are_not_told(tmp_path):
+    write_parts(tmp_path)
+    for image in (tmp_path / "normal").iterdir():
+        image.rename(tmp_path / image.name)
+    (tmp_path / "normal").rmdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_data(tmp_path)["label"][:] == [0, 0, 1, 1]
+    (tmp_path / "abnormal" / "scratch").mkdir()
+    for image in (tmp_path / "abnormal").glob("*.jpg"):
+        image.rename(tmp_path / "abnormal" / "scratch" / image.name)
+    with pytest.raises(DatasetError, match=r"abnormal: images in folders within it are not read, as in scratch"):
+        load_data(tmp_path)
+
+
 def test_names_that_are_not_utf_8_and_files_that_are_none_are_named(tmp_path):
     write_parts(tmp_path)
     odd = os.path.join(os.fsencode(tmp_path / "normal"), b"\xff.png")
@@ -269,6 +314,7 @@ ENTRY = {"image_path": "normal/0.png", "label": 0, "class_name": "x"}
     ("changed", "words"),
     [
         ({"image_path": 5}, "line 1: paths and classes are text, not 5"),
+        ({"image_path": ""}, "line 1: names no image"),
         ({"mask_path": ["m.png"]}, r"line 1: paths and classes are text, not \['m.png'\]"),
         ({"class_name": None}, "line 1: paths and classes are text, not None"),
         ({"class_name": "\ud800"}, "a name that is not UTF-8"),

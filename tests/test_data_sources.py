@@ -1,6 +1,8 @@
 """Index files, data sets of the `datasets` library and folders of one's own give the same kind of rows."""
 
 import json
+import os
+import shutil
 import warnings
 
 import datasets
@@ -9,8 +11,9 @@ import pytest
 from benchmark_trees import write_folder, write_jsonl, write_tree
 from PIL import Image
 
+from moeclip_hf.calibration import normal_images
 from moeclip_hf.data import load_data, load_folder, load_hub, load_index, read_mask
-from moeclip_hf.data.records import COLUMNS
+from moeclip_hf.data.records import COLUMNS, digest_rows
 from moeclip_hf.errors import DatasetError, MoECLIPWarning
 
 
@@ -189,6 +192,33 @@ def test_a_data_set_of_parquet_files_gives_the_same_rows_loaded_or_streamed(stre
     np.testing.assert_array_equal(read_mask(rows[3]), mask)
 
 
+def test_digests_tell_other_files_of_the_same_names_apart_and_copies_by_their_times_alone(tmp_path):
+    write_folder(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    one, other = load_data(tmp_path / "one"), load_data(tmp_path / "other")
+    assert digest_rows(one) == digest_rows(other)
+    assert digest_rows(one, with_times=True) == digest_rows(other, with_times=True)
+    assert digest_rows(one) != digest_rows(one.select([1, 0, 2, 3]))
+    assert digest_rows(one) == digest_rows(one.select([1, 0, 2, 3]).select([1, 0, 2, 3]))
+
+    os.utime(tmp_path / "other" / "normal" / "0.png", (0, 0))
+    assert digest_rows(one) == digest_rows(other)
+    assert digest_rows(one, with_times=True) != digest_rows(other, with_times=True)
+    Image.effect_noise((24, 18), 60).save(tmp_path / "other" / "masks" / "0.png")
+    assert digest_rows(one) != digest_rows(other)
+    before = digest_rows(one)
+    (tmp_path / "one" / "masks" / "0.png").unlink()
+    assert digest_rows(load_data(tmp_path / "one")) != before
+
+
+def test_digests_tell_images_apart_that_a_data_set_holds_itself(tmp_path):
+    noise = [Image.effect_noise((8, 6), 60).convert("RGB") for _ in range(4)]
+    write_parquet(tmp_path / "flat")
+    write_parquet(tmp_path / "noise", image=noise)
+    assert digest_rows(load_data(tmp_path / "flat")) == digest_rows(load_data(tmp_path / "flat"), with_times=True)
+    assert digest_rows(load_data(tmp_path / "flat")) != digest_rows(load_data(tmp_path / "noise"))
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_masks_and_classes_of_a_hub_data_set_are_optional(streaming, tmp_path):
     write_parquet(tmp_path / "mine", mask=None, class_name=None)
@@ -329,7 +359,9 @@ def test_a_folder_of_images_is_one_class_of_normal_images(tmp_path):
 def test_the_class_of_a_folder_of_one_may_be_named_and_no_others(tmp_path):
     write_folder(tmp_path / "one")
     rows = load_data(tmp_path / "one", class_name="steel_plate")
-    assert set(zip(rows["class_name"], rows["prompt_name"], strict=True)) == {("steel_plate", "steel plate")}
+    assert set(zip(rows["class_name"], rows["prompt_name"], strict=True)) == {("steel_plate", "steel_plate")}
+    listed = normal_images([tmp_path / "one" / "normal" / "0.png"], "steel_plate")
+    assert set(listed["prompt_name"]) == set(rows["prompt_name"])  # and `predict` takes the name itself
     for name in ("bolt", "nut"):
         write_folder(tmp_path / "several" / name)
     with pytest.raises(DatasetError, match=r"several: its classes go by the names of their folders \(bolt, nut\)"):

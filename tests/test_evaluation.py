@@ -1,10 +1,12 @@
 """Evaluations: the protocol held to a plain computation; the same figures however the work is cut; what is written."""
 
 import csv
+import io
 import json
 import os
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -17,11 +19,11 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from typer.testing import CliRunner
 
 from moeclip_hf.cli import app
-from moeclip_hf.data import load_data, read_mask
-from moeclip_hf.errors import DatasetError, MoECLIPError, UnreadableImageError
+from moeclip_hf.data import BENCHMARKS, load_data, read_mask
+from moeclip_hf.errors import DatasetError, MoECLIPError, MoECLIPWarning, UnreadableImageError
 from moeclip_hf.evaluation import EvaluationResult, GroupResult, evaluate, scoring
 from moeclip_hf.evaluation.results import METRICS, caveats, dataset_table, mean_metrics, summary_table
-from moeclip_hf.plots import draw_curves, outline_mask
+from moeclip_hf.plots import draw_captioned, draw_curves, outline_mask
 from moeclip_hf.pretrained import load_pretrained
 
 EDGE = 32
@@ -200,6 +202,26 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(pretrained, tmp_path, mo
         evaluate(pretrained, rows, batch_size=2, image_size=EDGE, resume_dir=folder)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda mask: Image.new("L", (24, 18), 255).save(mask), lambda mask: os.utime(mask, (0, 0)), Path.unlink],
+    ids=["drawn-anew", "of-another-time", "removed"],
+)
+def test_scores_of_a_mask_that_was_changed_are_not_gone_on_with(pretrained, tmp_path, change):
+    write_folder(tmp_path / "data")
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 2:
+            raise InterruptionError
+
+    options = {"batch_size": 2, "image_size": EDGE, "resume_dir": tmp_path / "unfinished"}
+    with pytest.raises(InterruptionError):
+        evaluate(pretrained, load_data(tmp_path / "data"), **options, progress=interrupt)
+    change(tmp_path / "data" / "masks" / "0.png")
+    with pytest.raises(MoECLIPError, match=r"other settings \(images "):
+        evaluate(pretrained, load_data(tmp_path / "data"), **options)
+
+
 def test_scores_of_another_domain_are_not_gone_on_with(pretrained, tmp_path):
     """Maps are smoothed by the domain before they are kept."""
     write_folder(tmp_path / "data")
@@ -299,6 +321,42 @@ def test_several_data_sets_and_some_classes_are_evaluated_at_once(benchmarks, tm
     assert not found["is_whole_benchmark"]
 
 
+@pytest.mark.parametrize("name", ["mvtec", "headct"])
+def test_a_folder_that_only_bears_a_benchmarks_name_is_not_compared_with_it(benchmarks, name):
+    benchmark = BENCHMARKS[name]
+    counts = (benchmark.normal, benchmark.anomalous)
+    all_images = GroupResult("all", *counts, dict.fromkeys(METRICS, 0.5), 0.0, {}, (), (), {})
+    whole = []
+    for source in (name, benchmarks / name):
+        rows = load_data(source, benchmarks)
+        prompts = tuple(sorted(set(rows["prompt_name"])))
+        result = EvaluationResult(name, rows["domain"][0], (all_images,), {}, prompts)
+        whole.append(result.is_whole_benchmark)
+        told = [note for note in caveats(result) if "own prompts and domain" in note]
+        assert len(told) == (source != name)
+    assert whole == [True, False]
+
+
+def test_the_command_says_how_a_folder_is_evaluated_as_the_benchmark_that_it_is_named_after(benchmarks, tmp_path):
+    out = ("--output-dir", tmp_path / "out", "--no-pictures", "--json")
+    with pytest.warns(MoECLIPWarning, match=f"say --dataset headct --data-dir {benchmarks / 'headct'}"):
+        (folder,) = json.loads(run("--data-dir", benchmarks / "headct", *out).stdout)["datasets"]
+    assert (folder["prompt_names"], folder["domain"]) == (["object"], "industrial")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MoECLIPWarning)
+        asked = ("--dataset", "headct", "--data-dir", benchmarks / "headct")
+        (found,) = json.loads(run(*asked, *out).stdout)["datasets"]
+    assert (found["prompt_names"], found["domain"]) == (["scan"], "medical")
+
+
+def test_a_data_set_without_images_is_refused(benchmarks, tmp_path, monkeypatch):
+    nothing = load_data("headct", benchmarks).select([])
+    monkeypatch.setattr("moeclip_hf.data.load_data", lambda *given, **options: nothing)
+    failure = run("--dataset", "someone/parts", "--output-dir", tmp_path / "out").exception
+    assert isinstance(failure, DatasetError)
+    assert str(failure) == "someone/parts: holds no images"
+
+
 def test_mistakes_are_named_before_anything_is_scored(benchmarks, tmp_path, monkeypatch, pretrained):
     out = ("--output-dir", tmp_path / "out")
     assert run().exit_code == 2
@@ -347,6 +405,17 @@ def test_curves_that_are_undefined_are_left_out():
     assert [len(axes.lines) for axes in figure.axes] == [2, 2, 1, 1, 1]
     figure = draw_curves({"a": dict.fromkeys(of_image) | dict.fromkeys(of_pixel, defined)}, "title")
     assert [axes.get_title() for axes in figure.axes] == ["ROC, pixels", "precision-recall, pixels", "PRO"]
+
+
+def test_names_are_written_as_they_are_in_pictures():
+    names = ["a_$1_$2", "_x", "b"]
+    curve = (np.array([0.0, 0.2, 1.0]), np.array([0.0, 0.9, 1.0]))
+    kinds = ("image_roc", "image_pr", "pixel_roc", "pixel_pr", "pixel_pro")
+    figure = draw_curves({name: dict.fromkeys(kinds, curve) for name in names}, "a_$1_$2")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+    figure.savefig(io.BytesIO())
+    picture = Image.new("RGB", (8, 8))
+    draw_captioned({"$_": [("0.5  a_$1_$2/_x.png", picture)]}, "a_$1_$2").savefig(io.BytesIO())
 
 
 def test_an_outline_runs_around_its_mask():

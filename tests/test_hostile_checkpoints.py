@@ -4,10 +4,13 @@ import io
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from spoiled_models import (
+    ADAPTER_WEIGHTS,
     HUGE,
     PROJECTION,
     WEIGHTS,
@@ -24,13 +27,32 @@ from spoiled_models import (
     weights,
 )
 
+from moeclip_hf import MoECLIPModel
+from moeclip_hf.adapters import full_to_adapter, load_adapter
 from moeclip_hf.errors import CheckpointError
 from moeclip_hf.hub import write_repository
-from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, fetch_checkpoint, load_pretrained
+from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, fetch_adapter, fetch_checkpoint, fetch_clip, load_pretrained
 from moeclip_hf.training.recipes import get_recipe
 from moeclip_hf.training.run import start_model
 
 pytestmark = pytest.mark.usefixtures("bounded_memory")
+
+
+def adapter_beside(**changes: Any) -> Spoil:
+    """Lay a LoRA beside a model, where transformers would load it unasked."""
+
+    def spoil(folder: Path) -> None:
+        made = folder.parent / "lora"
+        model = MoECLIPModel.from_pretrained(folder)
+        get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(made)
+        for file in ("adapter_config.json", ADAPTER_WEIGHTS):
+            (made / file).rename(folder / file)
+        settings("adapter_config.json", **changes)(folder)
+
+    return spoil
+
+
+BOTH = r"holds both config\.json, of a model, and adapter_config\.json, of an adapter: put the adapter's files"
 
 CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
     # Weights
@@ -121,6 +143,9 @@ CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
     "settings without an end": (linked_to("config.json", "/dev/zero"), "links to /dev/zero, out of its folder"),
     "a link to nothing": (linked_to("config.json", "nothing"), "is no file that can be read"),
     "a pipe": (pipe("config.json"), "is no file that can be read"),
+    # A second model that comes with the first
+    "an adapter beside it": (adapter_beside(), BOTH),
+    "a huge adapter beside it": (adapter_beside(r=HUGE), BOTH),
 }
 
 
@@ -135,13 +160,31 @@ def test_a_checkpoint_that_lies_is_refused_by_name(checkpoint, spoil, message):
 TO_TRAIN_ON = ["NaN", "a likely vocabulary that is not there", "a huge depth", "kernels to run", "weights elsewhere"]
 
 
-@pytest.mark.parametrize("name", [*TO_TRAIN_ON, "a shard elsewhere", "a header that lies"])
+@pytest.mark.parametrize("name", [*TO_TRAIN_ON, "a shard elsewhere", "a header that lies", "an adapter beside it"])
 def test_training_does_not_start_from_a_checkpoint_that_lies(checkpoint, name):
     spoil, message = CHECKPOINTS[name]
     spoil(checkpoint)
     with pytest.raises(CheckpointError, match=message) as error:
         start_model(checkpoint, get_recipe("paper"))
     assert_told(error.value, checkpoint)
+
+
+@pytest.mark.parametrize("name", ["an adapter beside it", "a huge adapter beside it"])
+def test_no_adapter_is_loaded_over_a_base_with_another_beside_it(checkpoint, tmp_path, name):
+    full_to_adapter(load_pretrained(device="cpu").model, base=str(checkpoint)).save_pretrained(tmp_path / "adapter")
+    spoil, message = CHECKPOINTS[name]
+    spoil(checkpoint)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_adapter(tmp_path / "adapter")
+    assert_told(error.value, checkpoint)
+
+
+@pytest.mark.parametrize("fetch", [fetch_checkpoint, fetch_adapter, fetch_clip])
+def test_a_repository_of_both_a_model_and_an_adapter_is_refused_by_its_id(checkpoint, monkeypatch, fetch):
+    (checkpoint / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr("moeclip_hf.pretrained.snapshot_download", lambda *args, **kwargs: str(checkpoint))
+    with pytest.raises(CheckpointError, match=f"^ann/it: {BOTH}"):
+        fetch("ann/it")
 
 
 def test_the_command_says_it_in_one_line(checkpoint, command):

@@ -50,6 +50,21 @@ def test_a_name_may_be_anything_and_its_results_bear_it(tmp_path):
         assert os.fsencode(Path(row["overlay"]).name).startswith(name.removesuffix(b".png")[:200])
 
 
+def test_an_image_of_any_name_is_explained_in_printable_lines(tmp_path, command):
+    for number, name in enumerate([*NAMES[1:5], NAMES[-1]]):
+        image = tmp_path / os.fsdecode(name)
+        image.write_bytes(encode(Image.fromarray(scene()), "PNG"))
+        output = tmp_path / str(number)
+        options = ("--class-name", "bolt [/m8]", "--model", small_checkpoint(), "--device", "cpu")
+        status, printed, said = command("explain", image, *options, "--output-dir", output)
+        assert status == 0, said
+        lines = printed.decode().splitlines()
+        assert all(line.isprintable() for line in lines)
+        assert "bolt [/m8]: " in lines[0]
+        assert sum(line.startswith("Written: ") for line in lines) == 1
+        assert len(list(output.iterdir())) == 3
+
+
 def test_refused_files_are_a_printable_line_each_whatever_their_names(tmp_path, command):
     for name in NAMES:
         (tmp_path / os.fsdecode(name)).write_bytes(b"no image")

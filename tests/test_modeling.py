@@ -362,6 +362,13 @@ def test_auxiliary_losses_are_live_in_training_alone_and_reach_the_experts():
         assert layer.router.weight.grad.abs().sum() > 0
 
 
+def test_terms_of_the_loss_come_to_one_device_wherever_a_device_map_has_put_the_parts():
+    model, anomaly_logits = tiny_model(), torch.zeros(2, 12, 5, 5, device="meta")
+    losses = model._losses(anomaly_logits, torch.zeros(2, 2), [], torch.tensor([0, 1]), None)
+    assert set(losses) == {"classification", "etf", "balance"}
+    assert {term.device for term in losses.values()} == {anomaly_logits.device}
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_training_step_has_the_gradients_of_the_eager_one():
     gradients = []

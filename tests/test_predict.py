@@ -1,9 +1,13 @@
 """`moeclip predict`, as people and machines call it."""
 
 import json
+import ntpath
 import os
 import struct
-from pathlib import Path
+import sys
+import unicodedata
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from moeclip_hf.cli import app
+from moeclip_hf.cli.predict import _output_names
 from moeclip_hf.errors import CheckpointError, MoECLIPError
 from moeclip_hf.prediction import find_images, predict
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
@@ -111,6 +116,37 @@ def test_a_decoder_that_breaks_on_one_file_does_not_end_the_run(images, tmp_path
     assert rows["good.png"]["score"] is not None
 
 
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["table", "json"])
+def test_a_result_that_cannot_be_written_is_named_and_the_rest_is_done(images, tmp_path, options):
+    Image.new("RGB", (30, 20)).save(images / "last.png")
+    (tmp_path / "moeclip-output" / "last_overlay.png").mkdir(parents=True)
+    result = run("images", "--maps", "npy", *options, cwd=tmp_path)
+    assert result.exit_code == 1
+    assert all(name in result.stdout for name in ("good.png", "last.png", "spot.jpg"))
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("moeclip: ")]
+    assert line == "moeclip: moeclip-output/last_overlay.png: cannot be written (Is a directory)"
+    written = {path.name for path in (tmp_path / "moeclip-output").iterdir()} - {"last_overlay.png"}
+    assert written == {"good_overlay.png", "good_map.npy", "last_map.npy", "spot_overlay.png", "spot_map.npy"}
+
+
+def test_what_was_scored_is_printed_when_the_run_is_interrupted(images, tmp_path, monkeypatch):
+    def interrupt_after_one(*given, **options):
+        yield next(predict(*given, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moeclip_hf.prediction.predict", interrupt_after_one)
+    result = run("images", cwd=tmp_path)
+    assert result.exit_code != 0
+    assert "good.png" in result.stdout and "spot.jpg" not in result.stdout
+    assert (tmp_path / "moeclip-output" / "good_overlay.png").exists()
+
+
+def test_lines_for_machines_go_to_standard_output_though_standard_error_is_a_terminal(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    result = run(images, "--json", "--no-overlays", cwd=tmp_path)
+    assert [Path(json.loads(line)["image"]).name for line in result.stdout.splitlines()] == ["good.png", "spot.jpg"]
+
+
 def test_a_folder_may_take_its_own_results(images, tmp_path):
     first = run(images, "--output-dir", images, "--json", cwd=tmp_path)
     again = run(images, "--output-dir", images, "--json", cwd=tmp_path)
@@ -176,6 +212,34 @@ def test_results_of_files_with_one_name_do_not_overwrite_each_other(images, tmp_
     overlays = [json.loads(line)["overlay"] for line in result.stdout.splitlines()]
     assert len(set(overlays)) == 3
     assert all((tmp_path / overlay).exists() for overlay in overlays)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("cam1/IMG_1.png", "cam2/img_1.png"),
+        ("x/a.png", "x/A.png"),
+        ("x/a.png", "x/a.jpg", "x/A.png", "b.png"),
+        ("caf\u00e9.png", "cafe\u0301.png"),
+    ],
+    ids=["folders", "case", "suffixes", "accents"],
+)
+def test_names_of_results_are_told_apart_on_disks_that_take_two_names_for_one(names):
+    given = _output_names([Path(name) for name in names])
+    assert len({unicodedata.normalize("NFC", name).casefold() for name in given.values()}) == len(names)
+    assert _output_names([Path(name) for name in reversed(names)]) == given
+
+
+def test_names_of_results_are_no_longer_than_they_need_be():
+    assert list(_output_names([Path("x/a.png"), Path("y/b.png")]).values()) == ["a", "b"]
+    assert list(_output_names([Path("x/a.png"), Path("y/A.png")]).values()) == ["x/a.png", "y/A.png"]
+
+
+def test_results_of_files_on_several_drives_are_named_by_the_drive(monkeypatch):
+    windows = SimpleNamespace(path=ntpath, fsencode=os.fsencode, fsdecode=os.fsdecode)
+    monkeypatch.setattr(sys.modules["moeclip_hf.cli.predict"], "os", windows)
+    paths = [PureWindowsPath(path) for path in (r"C:\cam\a.png", r"D:\cam\a.png", r"\\host\share\a.png")]
+    assert list(_output_names(paths).values()) == [r"C\cam\a.png", r"D\cam\a.png", r"host_share\a.png"]
 
 
 def test_results_stay_in_their_folder_however_files_are_named(images, tmp_path):

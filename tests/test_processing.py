@@ -396,3 +396,13 @@ def test_a_plain_clips_processor_loses_its_crop_and_gains_the_methods_size(token
         pixel_values = processor(images=Image.new("RGB", (300, 100)), return_tensors="pt")["pixel_values"]
         assert pixel_values.shape == (1, 3, expected, expected)
         assert processor.image_processor.patch_size == patch_size
+
+
+def test_a_plain_clip_in_a_subfolder_is_told_its_size_by_its_own_configuration(tokenizer, tmp_path):
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPProcessor
+
+    for folder, patch_size in ((tmp_path, 16), (tmp_path / "clip", 14)):
+        CLIPConfig(vision_config={"image_size": 224, "patch_size": patch_size}).save_pretrained(folder)
+        CLIPProcessor(CLIPImageProcessorPil(), tokenizer).save_pretrained(folder)
+    processor = MoECLIPProcessor.from_pretrained(tmp_path, subfolder="clip")
+    assert processor.image_processor.patch_size == 14

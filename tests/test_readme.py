@@ -1,5 +1,7 @@
 """What the README tells a reader to type works."""
 
+import importlib
+import json
 import re
 import runpy
 import shlex
@@ -95,6 +97,14 @@ def test_the_command_line_example_runs(workplace, monkeypatch, command):
     assert (workplace / "results" / "one_overlay.png").exists()
 
 
+def test_predict_prints_the_json_that_its_page_shows(workplace, monkeypatch, command):
+    (shown,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs" / "predict.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(workplace)
+    printed = json.loads(command("predict", "part.png", "--json", "--pixel-threshold", "0")[1])
+    assert list(printed) == list(json.loads(shown))
+    assert printed["regions"][0].keys() == json.loads(shown)["regions"][0].keys()
+
+
 @pytest.mark.parametrize(("file", "arguments"), DOCUMENTED, ids=lambda value: str(value)[:60])
 def test_the_command_line_takes_what_the_documents_type(file, arguments):
     parse(arguments)
@@ -120,6 +130,16 @@ def test_every_file_and_make_target_it_names_is_there():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make ([\w-]+)", README, flags=re.MULTILINE):
         assert f"\n{target}:" in makefile, target
+
+
+def test_the_page_of_public_names_has_all_of_them_and_no_others():
+    page = (ROOT / "docs" / "api.md").read_text()
+    for module, name in re.findall(r"`(moeclip_hf[\w.]*)\.(\w+)`", page):
+        assert hasattr(importlib.import_module(module), name) or importlib.import_module(f"{module}.{name}"), name
+    parts = ("app", "conversion", "data", "data.textures", "evaluation", "training", "tuner")
+    for module in ("moeclip_hf", *(f"moeclip_hf.{part}" for part in parts)):
+        public = set(importlib.import_module(module).__all__) - {"__version__", "DEFECTS", "FAMILIES", "TOLERANCE"}
+        assert not {name for name in public if f"{name}`" not in page}, module
 
 
 def test_the_predict_example_draws_an_overlay(workplace, monkeypatch, capsys):

@@ -60,7 +60,7 @@ def test_machines_get_json_alone_on_standard_output(tmp_path, tokenizer):
 
 def test_a_hub_data_set_is_recorded_with_its_owner(tmp_path, tokenizer, monkeypatch):
     clip, rows = write_plain_clip(tmp_path / "clip", tokenizer), load_folder(write_folder(tmp_path / "data"))
-    monkeypatch.setattr("moeclip_hf.data.load_data", lambda *source: rows)
+    monkeypatch.setattr("moeclip_hf.data.load_data", lambda *source, **options: rows)
     options = ["--dataset", "ann/parts", "--clip", clip, "--output-dir", tmp_path / "out", "--max-steps", "1",
                "--num-workers", "0", "--tracker", "none", "--cpu"]  # fmt: skip
     result = CliRunner().invoke(app, ["train", *map(str, options)])

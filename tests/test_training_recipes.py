@@ -10,6 +10,7 @@ from golden import golden_case
 from tiny_models import random_pixels, random_prompts, tiny_config
 
 from moeclip_hf import MoECLIPImageProcessor, MoECLIPModel
+from moeclip_hf.data.records import Record, to_dataset
 from moeclip_hf.errors import MoECLIPError
 from moeclip_hf.training import MoECLIPTrainer, get_recipe, training_arguments
 from moeclip_hf.training.recipes import Recipe, apply_recipe, draw_experts
@@ -22,8 +23,8 @@ class GoldenSamples(torch.utils.data.Dataset):
         self.case = case
         self.dataset_names = ["reference"]
         self.prompt_names = case.classes
-        names = case.config["train_batch_classes"]
-        self.rows = {"image_path": list("abc"), "label": case.training["labels"].tolist(), "prompt_name": names}
+        labels = zip("abc", case.training["labels"].tolist(), case.config["train_batch_classes"], strict=True)
+        self.rows = to_dataset([Record(path, None, label, path, *[name] * 5) for path, label, name in labels])
 
     def __len__(self):
         return 3

@@ -3,14 +3,17 @@
 import errno
 import json
 import os
+import pickle
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from training_runs import logged, tiny_trainer, write_folder, write_plain_clip
+from tiny_models import random_anchors, random_pixels
+from training_runs import interrupt_second_step, logged, tiny_trainer, write_folder, write_plain_clip
 from transformers import CLIPImageProcessorPil
 
 from moeclip_hf.data import load_folder
@@ -42,6 +45,24 @@ def test_only_moeclips_own_parts_change_and_are_saved(clip, rows, tmp_path):
     assert changed <= set(saved)
     assert set(saved) - changed == {f"moe_layers.{number}.lora_A" for number in range(4)}
     assert not [path for path in (tmp_path / "checkpoint-3").iterdir() if path.name == "model.safetensors"]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_training_leaves_the_model_its_own_dropout_and_no_hooks(clip, rows, tmp_path, monkeypatch, interrupted):
+    recipe = get_recipe("paper", batch_size=4, lora_dropout=0.5, expert_std=0.1)
+    trainer = tiny_trainer(clip, rows, tmp_path, recipe, max_steps=2, save_strategy="no")
+    if interrupted:
+        interrupt_second_step(monkeypatch)
+    with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+        trainer.train()
+    model = trainer.moeclip.train()
+    for num_images in (3, 4):
+        pixels = random_pixels(num_images)
+        with torch.no_grad():
+            first, second = (model(pixels, text_embeds=random_anchors()).anomaly_logits for _ in range(2))
+        assert not torch.equal(first, second)
+    again = pickle.loads(pickle.dumps(model))
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_the_papers_recipe_keeps_the_exploding_first_gradient_out_of_adams_moments(clip, rows, tmp_path):
@@ -268,7 +289,8 @@ def test_expert_cosine_is_that_of_the_outputs(clip, rows, tmp_path):
     trainer.monitor._reset()
     batch = trainer.data_collator([trainer.train_dataset[Draw(0, row)] for row in range(4)])
     trainer.moeclip.train()
-    trainer.compute_loss(trainer.moeclip, batch)
+    with trainer.monitor.watching():
+        trainer.compute_loss(trainer.moeclip, batch)
     outputs = torch.nn.functional.normalize(
         torch.stack([seen[0] @ a.T @ b.T for a, b in zip(layer.lora_A, layer.lora_B, strict=True)], dim=-2), dim=-1
     )

@@ -100,6 +100,14 @@ def test_both_ways_through_folders_are_exact_to_the_bit(tmp_path, settings, clip
     assert_same_outputs(MoECLIPModel.from_pretrained(tmp_path / "full").eval(), full)
 
 
+def test_float32_experts_over_a_base_in_half_precision_become_a_full_model_to_the_bit(tmp_path, clip_folder):
+    full_to_adapter(full_model(), base=str(clip_folder)).save_pretrained(tmp_path / "adapter")
+    adapted = load_adapter(tmp_path / "adapter", dtype=torch.bfloat16)
+    full = adapter_to_full(adapted)
+    assert {experts.lora_B.dtype for experts in full.moe_layers} == {torch.float32}
+    assert_same_outputs(full, adapted)
+
+
 def test_the_backbone_is_shared_and_what_trains_is_not():
     full = full_model()
     before = {key: tensor.clone() for key, tensor in full.state_dict().items()}
@@ -215,6 +223,15 @@ def test_what_is_loaded_is_told_the_type_and_whether_it_trains(tmp_path, clip_fo
     assert model.vision_model.encoder.layers[0].mlp.fc1.weight.dtype == torch.bfloat16
     assert any(parameter.requires_grad for parameter in model.parameters())
     assert not load_adapter(tmp_path / "adapter").training
+
+
+def test_an_adapter_over_weights_on_the_disk_is_refused_with_the_remedy(tmp_path, clip_folder):
+    full = full_model()
+    full_to_adapter(full, base=str(clip_folder)).save_pretrained(tmp_path / "adapter")
+    parts = [name for name, _ in full.named_children()]
+    device_map = {**dict.fromkeys([*parts, "logit_scale"], "cpu"), "text_model": "disk"}
+    with pytest.raises(CheckpointError, match="weights on the disk: name other devices in device_map, or make a full"):
+        load_adapter(tmp_path / "adapter", device_map=device_map, offload_folder=tmp_path / "offload")
 
 
 def test_loading_says_nothing_about_heads_that_the_adapter_brings(tmp_path, clip_folder, caplog, capfd):

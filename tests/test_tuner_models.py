@@ -439,6 +439,17 @@ def test_a_target_within_a_target_is_refused():
         get_peft_model(tiny_clip(), config_for(r"vision_model\.encoder\.layers\.2.*"))
 
 
+@pytest.mark.parametrize(("first", "second"), [(LINEAR, BLOCKS), (BLOCKS, LINEAR)], ids=["around", "within"])
+def test_a_target_around_or_within_what_another_adapter_adapts_is_refused(first, second):
+    model = get_peft_model(tiny_clip(), config_for(first), "first")
+    before = adapted_names(model)
+    message = r"an adapter that is there match '.*layers\.2' and, within it, '.*layers\.2\.self_attn\.[qv]_proj': name"
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("second", config_for(second))
+    assert adapted_names(model) == before
+    assert list(model.peft_config) == ["first"]
+
+
 def test_models_without_a_default_ask_for_targets():
     with pytest.raises(
         ValueError, match="target_modules is not set, and there is no default for models of type 'vit'"

@@ -16,9 +16,9 @@ from moeclip_hf.errors import MoECLIPError
 # Where the page sends to: files to the first, and names and numbers, which are small, to the others.
 _UPLOAD, _EVENTS = "/gradio_api/upload", ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset")
 _LARGEST_EVENT = 1 << 20
-# What the page does not ask for: pages from elsewhere, answers to programs, and sessions written to a folder that is
-# never emptied.
-_UNASKED = ("/gradio_api/proxy=", "/gradio_api/call/", "/gradio_api/deep_link")
+# What the page does not ask for: pages from elsewhere, by two ways, answers to programs, and sessions written to a
+# folder that is never emptied.
+_UNASKED = ("/gradio_api/proxy=", "/gradio_api/file/", "/gradio_api/call/", "/gradio_api/deep_link")
 
 
 class OnlyThePage:
@@ -124,6 +124,7 @@ def launch_app(
             enable_monitoring=False,
             run_history=False,
             ssr_mode=False,
+            num_workers=0,  # they would serve files, on ports of their own, past the guard
             footer_links=[],
             app_kwargs={"middleware": [Middleware(OnlyThePage)]},
             theme=theme(),

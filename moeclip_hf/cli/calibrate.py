@@ -169,7 +169,7 @@ def _read_rows(
     from moeclip_hf.prediction import find_images
 
     if images:
-        return normal_images(find_images(images), class_name or FALLBACK_PROMPT_NAME)
+        return normal_images(find_images(images, without_results=True), class_name or FALLBACK_PROMPT_NAME)
     wanted = classes.split(",") if classes else None
     return load_data(dataset or data_dir or "", data_dir, split, wanted, class_name=class_name)
 

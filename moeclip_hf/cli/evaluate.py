@@ -126,11 +126,30 @@ def _read_data_sets(
     for source in wanted:
         named = classes.split(",") if classes else None
         rows = load_data(source, data_dir, classes=named, class_name=class_name, domain=domain)
-        name = next(iter(rows["dataset"]))
+        name = next(iter(rows["dataset"]), None)
+        if name is None:
+            raise DatasetError(f"{source}: holds no images")
         if name in data_sets:
             raise DatasetError(f"{source}: a data set named {name} is evaluated already: evaluate them one by one")
+        _tell_benchmark(source, name, rows)
         data_sets[name] = rows
     return data_sets
+
+
+def _tell_benchmark(source: str | Path, name: str, rows: Dataset) -> None:
+    """Say how a benchmark is evaluated as one, where a folder only bears its name."""
+    import warnings
+
+    from moeclip_hf.data import find_benchmark
+    from moeclip_hf.errors import MoECLIPWarning
+
+    benchmark = find_benchmark(name)
+    if benchmark and Path(source).is_dir() and not benchmark.is_own(set(rows["prompt_name"]), rows["domain"][0]):
+        text = (
+            f"{source}: is read as a folder of one's own, without {benchmark.name}'s prompts and domain: if it is the "
+            f"benchmark, say --dataset {benchmark.name} --data-dir {source}"
+        )
+        warnings.warn(text, MoECLIPWarning, stacklevel=3)
 
 
 def _finish(results: list[EvaluationResult], belongs_to: dict[str, Any], output_dir: Path, as_json: bool) -> None:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moeclip_hf.cli.messages import one_line
+from moeclip_hf.cli.predict import shortened
+
 if TYPE_CHECKING:
     from moeclip_hf.explanation import Explanation
 
@@ -41,8 +44,9 @@ def explain(
     explanation = explain_image(pretrained, picture, class_name)
 
     output_dir.mkdir(parents=True, exist_ok=True)
+    stem = shortened(image.stem)
     routing, attributions, figures = (
-        output_dir / f"{image.stem}_{name}" for name in ("routing.png", "attributions.png", "experts.json")
+        output_dir / f"{stem}_{name}" for name in ("routing.png", "attributions.png", "experts.json")
     )
     draw_routing(explanation, pretrained.processor.pixel_threshold).save(routing)
     draw_attributions(explanation).save(attributions)
@@ -52,15 +56,16 @@ def explain(
         print(json.dumps(facts))
     else:
         _print_table(explanation)
-        typer.echo(f"Written: {routing}, {attributions}, {figures}")
+        typer.echo(one_line(f"Written: {routing}, {attributions}, {figures}"))
 
 
 def _print_table(explanation: Explanation) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     verdict = "anomalous" if explanation.is_anomalous else "normal"
-    title = f"{explanation.class_name}: {verdict}, score {explanation.score:.4f}"
+    title = Text(f"{explanation.class_name}: {verdict}, score {explanation.score:.4f}", "italic")
     headings = ("block", "expert", "load", "chosen", "top-1", "adds to the map", "cosine of experts")
     table = Table(title=title)
     for heading in headings:

@@ -4,6 +4,9 @@ import hashlib
 import json
 import math
 import os
+import re
+import unicodedata
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeclip_hf.cli.messages import one_line
+from moeclip_hf.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from moeclip_hf.prediction import Prediction
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
 # number nor with their size.
 _PIXELS_AHEAD = 1 << 23
 # In bytes, so that file systems, which take 255, take it with an ending as well.
-_LONGEST_NAME = 240
+_LONGEST_NAME = 235
 _THRESHOLDS_IN_TILES = (
     "the checkpoint's thresholds are for whole images, and scores rise with the number of tiles: set --threshold and "
     "--pixel-threshold from normal images in the same tiles (docs/large_images.md)."
@@ -123,16 +127,14 @@ def predict(
 ) -> None:
     """Score images, tell which are anomalous, and draw where.
 
-    Each score lies in 0 to 1 and depends on its image and the checkpoint alone. A file that cannot be read is named,
-    the rest is done, and the exit status is 1.
+    Each score lies in 0 to 1 and depends on its image and the checkpoint alone. What cannot be read or written is
+    named, the rest is done, and the exit status is 1.
     """
     tile_size = _tile_size(tile, tile_overlap)
 
     import warnings
 
     from PIL import Image
-    from rich.console import Console
-    from rich.progress import track
     from transformers.utils import logging
 
     from moeclip_hf.prediction import find_images, input_size
@@ -142,7 +144,6 @@ def predict(
 
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # up to twice as many pixels are read all the same
-    errors = Console(stderr=True)
     paths = find_images(images, exclude=output_dir)
     if overlays or maps:
         output_dir.mkdir(parents=True, exist_ok=True)  # now rather than after an hour
@@ -160,40 +161,56 @@ def predict(
     )
 
     rows: list[dict[str, Any]] = []
-    pending: list[tuple[Future[None], int]] = []
-    unreadable = 0
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as writer:
-        for prediction in track(
-            predictions, "scoring", len(paths), console=errors, transient=True, disable=not errors.is_terminal
+    pending: list[tuple[Future[list[str]], int]] = []
+    unreadable = unwritten = 0
+
+    def finish_write() -> None:
+        nonlocal unwritten
+        failures = pending.pop(0)[0].result()
+        unwritten += bool(failures)
+        for failure in failures:
+            typer.echo(f"moeclip: {one_line(failure)}", err=True)
+
+    try:
+        # No bar beside JSON: on a terminal it takes over what is printed, which may be meant for a file.
+        with (
+            progress_bar("scoring", quiet=as_json) as progress,
+            ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as writer,
         ):
-            row = _describe(prediction, class_name, str(model or EMBEDDED_CHECKPOINT), threshold)
-            if prediction.error is None:
-                name = names[prediction.path]
-                targets = {
-                    "overlay": output_dir / f"{name}_overlay.png" if overlays else None,
-                    "map": output_dir / f"{name}_map.{maps.value}" if maps else None,
-                }
-                row |= {name: str(target) for name, target in targets.items() if target}
-                write = writer.submit(_write, prediction, pixel_threshold, **targets)
-                pending.append((write, row["width"] * row["height"]))
-                while len(pending) > 1 and sum(pixels for _, pixels in pending) > _PIXELS_AHEAD:
-                    pending.pop(0)[0].result()
-            else:
-                unreadable += 1
-                typer.echo(f"moeclip: {one_line(prediction.error)}", err=True)
-            if as_json:
-                print(json.dumps(row), flush=True)
-            else:
-                rows.append({key: row.get(key) for key in ("image", "score", "is_anomalous")})
-        for write, _ in pending:
-            write.result()
+            for done, prediction in enumerate(predictions, start=1):
+                row = _describe(prediction, class_name, str(model or EMBEDDED_CHECKPOINT), threshold)
+                if prediction.error is None:
+                    name = names[prediction.path]
+                    targets = {
+                        "overlay": output_dir / f"{name}_overlay.png" if overlays else None,
+                        "map": output_dir / f"{name}_map.{maps.value}" if maps else None,
+                    }
+                    row |= {name: str(target) for name, target in targets.items() if target}
+                    write = writer.submit(_write, prediction, pixel_threshold, **targets)
+                    pending.append((write, row["width"] * row["height"]))
+                    while len(pending) > 1 and sum(pixels for _, pixels in pending) > _PIXELS_AHEAD:
+                        finish_write()
+                else:
+                    unreadable += 1
+                    typer.echo(f"moeclip: {one_line(prediction.error)}", err=True)
+                if as_json:
+                    print(json.dumps(row), flush=True)
+                else:
+                    rows.append({key: row.get(key) for key in ("image", "score", "is_anomalous")})
+                progress(done, len(paths))
+            while pending:
+                finish_write()
+    except KeyboardInterrupt:
+        if not as_json:
+            _print_table(rows, threshold, class_name)
+        raise
 
     if not as_json:
         _print_table(rows, threshold, class_name)
-        if (overlays or maps) and unreadable < len(paths):
+        if (overlays or maps) and unreadable + unwritten < len(paths):
             where = "" if output_dir.is_absolute() else " (in this folder)"
             typer.echo(f"Written to {one_line(str(output_dir))}{where}")
-    if unreadable:
+    if unreadable or unwritten:
         raise typer.Exit(1)
 
 
@@ -225,24 +242,45 @@ def _tile_size(tile: str | None, overlap: float | None) -> int | None:
 
 
 def _output_names(paths: list[Path]) -> dict[Path, str]:
-    """Name each image's results: by its stem where that is unique, else by its whole path below the common folder."""
-    stems = [path.stem for path in paths]
-    if len(set(stems)) == len(paths):
-        names = stems
-    else:
-        absolute = [os.path.abspath(path) for path in paths]  # without .., which could lead out of the output folder
-        common = os.path.commonpath([os.path.dirname(full) for full in absolute])
-        names = [os.path.relpath(full, common) for full in absolute]
-    return {path: _shortened(name) for path, name in zip(paths, names, strict=True)}
+    """
+    Name each image's results: by its stem where that is unique, else by its whole path below the common folder.
+
+    Names that some disks take for one, as they differ in case or in how an accent is written, are not unique; where
+    whole paths are such names, a digest tells them apart.
+    """
+    names = [path.stem for path in paths]
+    if len({_folded(name) for name in names}) < len(names):
+        names = _below_common_folder([os.path.abspath(path) for path in paths])  # without .., which could lead out
+        times = Counter(map(_folded, names))
+        names = [f"{name}-{_digest(os.fsencode(name))}" if times[_folded(name)] > 1 else name for name in names]
+    return {path: shortened(name) for path, name in zip(paths, names, strict=True)}
 
 
-def _shortened(path: str) -> str:
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _below_common_folder(paths: list[str]) -> list[str]:
+    """Absolute paths as seen from the folder that holds them all or, where they lie on several drives, from these."""
+    try:
+        common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    except ValueError:  # drives, which only Windows has
+        parts = [os.path.splitdrive(path) for path in paths]
+        return [os.path.join(re.sub(r"\W+", "_", drive).strip("_"), rest.lstrip("\\/")) for drive, rest in parts]
+    return [os.path.relpath(path, common) for path in paths]
+
+
+def shortened(path: str) -> str:
     """The path; where no file could bear its last name with an ending, that name's beginning and a digest of it."""
     folder, name = os.path.split(os.fsencode(path))
     if len(name) > _LONGEST_NAME:
-        digest = hashlib.blake2b(name, digest_size=8).hexdigest().encode()
+        digest = _digest(name).encode()
         name = name[: _LONGEST_NAME - len(digest) - 1] + b"-" + digest
     return os.fsdecode(os.path.join(folder, name))
+
+
+def _digest(name: bytes) -> str:
+    return hashlib.blake2b(name, digest_size=8).hexdigest()
 
 
 def _describe(prediction: "Prediction", class_name: str, model: str, threshold: float) -> dict[str, Any]:
@@ -258,22 +296,28 @@ def _describe(prediction: "Prediction", class_name: str, model: str, threshold: 
     }
 
 
-def _write(prediction: "Prediction", pixel_threshold: float, overlay: Path | None, map: Path | None) -> None:
+def _write(prediction: "Prediction", pixel_threshold: float, overlay: Path | None, map: Path | None) -> list[str]:
+    """Write what there is a file for, and tell what cannot be written, a line each."""
     import numpy as np
     from PIL import Image
 
     from moeclip_hf.visualization import draw_overlay
 
     assert prediction.image is not None and prediction.anomaly_map is not None  # it could be read
+    failures = []
     for target in filter(None, (overlay, map)):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    if overlay:
-        picture = draw_overlay(prediction.image, prediction.anomaly_map, prediction.regions, pixel_threshold)
-        picture.save(overlay, compress_level=1)
-    if map and map.suffix == ".npy":
-        np.save(map, prediction.anomaly_map)
-    elif map:
-        Image.fromarray(np.rint(prediction.anomaly_map * 65535).astype(np.uint16)).save(map)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target is overlay:
+                picture = draw_overlay(prediction.image, prediction.anomaly_map, prediction.regions, pixel_threshold)
+                picture.save(target, compress_level=1)
+            elif target.suffix == ".npy":
+                np.save(target, prediction.anomaly_map)
+            else:
+                Image.fromarray(np.rint(prediction.anomaly_map * 65535).astype(np.uint16)).save(target)
+        except OSError as error:  # such as a full disk
+            failures.append(f"{target}: cannot be written ({error.strerror or error})")
+    return failures
 
 
 def _print_table(rows: list[dict[str, Any]], threshold: float, class_name: str) -> None:

@@ -106,6 +106,8 @@ def _row(row: Mapping[str, Any], where: str, image_key: str, label_key: str, cla
     for name in (image, class_name, mask or ""):
         if not isinstance(name, str):
             raise DatasetError(f"{where}: paths and classes are text, not {name!r}")
+    if not image:
+        raise DatasetError(f"{where}: names no image")
     return _Row(where, image, mask, as_label(label, where), class_name)
 
 

@@ -3,7 +3,7 @@
 import csv
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -112,14 +112,15 @@ class FolderLayout:
 
     def _read_train(self, name: str, folder: Path) -> Iterator[Sample]:
         if self.train is not None:
-            yield from (Sample(name, image, 0, None) for image in list_images(folder / self.train))
+            yield from (Sample(name, image, 0, None) for image in list_images(folder / self.train, labelled=True))
 
     def _read_test(self, name: str, folder: Path) -> Iterator[Sample]:
         labelled = [(folder / self.normal, 0)] if self.normal else []
         labelled += [(images, 1) for images in self._anomalous_folders(folder)]
         for images, label in sorted(labelled):
             masks = self._masks_by_stem(folder, images.name) if label else {}
-            for image in list_images(images):
+            others: Collection[str] = self._part_names() if images == folder else ()
+            for image in list_images(images, others, labelled=True):
                 found = [masks[stem] for stem in (image.stem, f"{image.stem}_mask") if stem in masks]
                 if len(found) > 1:
                     raise _two_masks(*found)
@@ -130,6 +131,10 @@ class FolderLayout:
             return [folder / self.anomalous]
         normal = folder / self.normal if self.normal else None
         return [images for images in subfolders(folder / Path(self.anomalous).parent) if images != normal]
+
+    def _part_names(self) -> set[str]:
+        """Names of the folders in a class's folder that hold its parts."""
+        return {Path(part).parts[0] for part in (self.anomalous, self.masks, self.train) if part}
 
     def _masks_by_stem(self, folder: Path, defect: str) -> dict[str, Path]:
         if self.masks is None:
@@ -196,15 +201,41 @@ class VisaTable:
         return Sample(row["object"], image, int(row["label"] == "anomaly"), present)
 
 
-def list_images(folder: Path) -> list[Path]:
-    """The files of a folder with an image suffix, sorted by name, without hidden ones; none if there is no folder."""
+def list_images(folder: Path, others: Collection[str] = (), labelled: bool = False) -> list[Path]:
+    """The files of a folder with an image suffix, sorted by name, without hidden ones; none if there is no folder.
+
+    Images of other kinds, and those in folders within it, are passed over, which a warning tells.
+
+    Args:
+        folder: what to list.
+        others: names of folders within it that are no part of it.
+        labelled: whether its images are those of a label, and not masks.
+
+    Raises:
+        DatasetError: all images of a label lie in folders within the folder.
+    """
     if not folder.is_dir():
         return []
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    suffixes = {name: os.path.splitext(name)[1].lower() for name in names}
-    if others := set(suffixes.values()) - IMAGE_SUFFIXES:
-        _tell_passed_over(folder, [name for name in names if suffixes[name] in others])
-    return [folder / name for name in names if suffixes[name] in IMAGE_SUFFIXES]
+    images = [folder / name for name in names if _is_image(name)]
+    passed_over = [name for name in names if not _is_image(name) and name not in others]
+    if nested := [name for name in passed_over if _holds_images(folder / name)]:
+        text = f"{folder}: images in folders within it are not read, as in {nested[0]}: move them up into it"
+        if labelled and not images:
+            raise DatasetError(text)
+        warnings.warn(text, MoECLIPWarning, stacklevel=2)
+    if passed_over:
+        _tell_passed_over(folder, passed_over)
+    return images
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether there are images anywhere below a folder, hidden ones left out; none below what is a file."""
+    return any(_is_image(name) and not name.startswith(".") for _, _, names in os.walk(folder) for name in names)
 
 
 def _tell_passed_over(folder: Path, names: list[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,8 @@ def load_data(
             by default).
         split: "test"; "train" for the normal training images of a tree; any split of a Hub data set.
         classes: the classes to read, all by default.
-        class_name: what the images of a folder of one class show; "object" by default. Other data name their classes.
+        class_name: what the images of a folder of one class show, and the prompts say; "object" by default. Other data
+            name their classes.
         domain: "industrial" or "medical", for data that is not a benchmark's.
         streaming: read a Hub data set while iterating; gives an `IterableDataset`.
 
@@ -75,16 +77,16 @@ def load_data(
 def _load_class(
     root: Path, split: str, classes: Collection[str] | None, class_name: str, domain: Domain
 ) -> datasets.Dataset:
-    """Read a folder of one class, which has no name of its own."""
+    """Read a folder of one class, which has no name of its own; the given one fills the prompts as it is."""
     if not root.is_dir():
         raise DatasetError(f"{root}: is no folder of one class, which alone is given a class name ({class_name!r})")
-    rows = load_folder(root, split, classes, class_name=class_name, domain=domain)
-    if named := sorted(set(rows["class_name"]) - {class_name}):
+    records = _records_of(folder_records(root, split, class_name, domain, classes), classes)
+    if named := sorted({record.class_name for record in records} - {class_name}):
         raise DatasetError(
             f"{root}: its classes go by the names of their folders ({', '.join(named)}), and not by {class_name!r}: "
             "leave the class name out, or rename the folders"
         )
-    return rows
+    return _present([replace(record, prompt_name=class_name) for record in records])
 
 
 def load_benchmark(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ LABELS = ("normal", "anomalous")
 """Names of the labels 0 and 1."""
 
 _JPEG_MASK_THRESHOLD = 127
+# Rows that hold their images are copied when they were picked from others.
+_ROWS_AT_ONCE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +83,44 @@ def to_dataset(records: Sequence[Record]) -> datasets.Dataset:
         raise DatasetError(f"{error.object!a}: a name that is not UTF-8: rename it") from None
 
 
-def digest_rows(rows: datasets.Dataset) -> str:
-    """Tells sets of images apart: a digest of their paths, labels and prompt names, in their order."""
-    lines = (f"{path} {label} {name}" for path, label, name in zip(
-        rows["image_path"], rows["label"], rows["prompt_name"], strict=True
-    ))  # fmt: skip
-    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+def digest_rows(rows: datasets.Dataset, with_times: bool = False) -> str:
+    """Tells sets of images apart: a digest of paths, labels and prompt names, and of how large images and masks are.
+
+    It is taken row by row, in order, and nothing is decoded: of a file the system is asked for its size.
+
+    Args:
+        rows: with the columns of `Record`.
+        with_times: take in when each file was last written, too, so that what was written anew is told although it is
+            as large. A copy of the files is then another set, unless it keeps their times.
+    """
+    import pyarrow.compute as pc
+
+    from moeclip_hf.reading import leave_undecoded
+
+    digest = hashlib.blake2b(digest_size=16)
+    names = ["image_path", "label", "prompt_name"]
+    stored = leave_undecoded(rows).select_columns([*names, "image", "mask"]).with_format("arrow")
+    for table in stored.iter(batch_size=_ROWS_AT_ONCE):
+        flat = table.flatten()
+        columns = [flat[name].to_pylist() for name in names]
+        for name in ("image", "mask"):
+            paths, sizes = flat[f"{name}.path"].to_pylist(), pc.binary_length(flat[f"{name}.bytes"]).to_pylist()
+            columns.append([_facts(path, size, with_times) for path, size in zip(paths, sizes, strict=True)])
+        digest.update("".join(f"{row}\n" for row in zip(*columns, strict=True)).encode())
+    return digest.hexdigest()
+
+
+def _facts(path: str | None, size: int | None, with_time: bool) -> tuple[int, ...] | None:
+    """The size in bytes of what a row holds, or of the file that it names; None where there is none."""
+    if size is not None:
+        return (size,)
+    if path is None:
+        return None
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # reading it says so
+        return None
+    return (found.st_size, found.st_mtime_ns) if with_time else (found.st_size,)
 
 
 def read_mask(row: Mapping[str, Any]) -> np.ndarray | None:

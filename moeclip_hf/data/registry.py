@@ -6,7 +6,7 @@ Everything here is data that needs no heavy import. All results are percentages;
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -91,6 +91,10 @@ class Benchmark:
     def is_name(self, name: str) -> bool:
         """Whether this is the benchmark's name or an alias, whatever the case, hyphens, underscores and blanks."""
         return find_benchmark(name) is self
+
+    def is_own(self, prompt_names: Collection[str], domain: str) -> bool:
+        """Whether images under these prompts, in this domain, are scored as this benchmark's are."""
+        return domain == self.domain and set(prompt_names) <= set(self.classes.values())
 
     def columns(self, class_name: str, folder: str) -> dict[str, str]:
         """The text columns of an image's row, from its class and its class folder (empty where classes have none)."""

@@ -87,7 +87,8 @@ def folder_records(
         classes: those that must have images, all by default.
 
     Raises:
-        DatasetError: the folder is not there, holds no images in any of these layouts, or a class without any.
+        DatasetError: the folder is not there, holds no images in any of these layouts, a class without any, or one of
+            whose images those of a label lie in folders of their own.
     """
     if not root.is_dir():
         raise DatasetError(f"no such folder: {root}")
@@ -95,7 +96,7 @@ def folder_records(
     try:
         samples = layout.read(root, split, lambda folder: True)
     except DatasetError:
-        if layout is not OWN_LAYOUTS[-1] or split != "test":
+        if layout is not OWN_LAYOUTS[-1] or split != "test" or (root / layout.anomalous).is_dir():
             raise
         looked_for = ", ".join(layout.describe() for layout in OWN_LAYOUTS[:-1])
         raise DatasetError(f"no images in {root}: looked for {looked_for}, and for images in it") from None

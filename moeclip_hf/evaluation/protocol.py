@@ -78,7 +78,7 @@ def evaluate(
         "dtype": str(pretrained.model.dtype).removeprefix("torch."),
         "device": pretrained.model.device.type,
         "weights": weights_digest(pretrained),
-        "images": digest_rows(rows),
+        "images": digest_rows(rows, with_times=True),
         "moeclip-hf": __version__,
         "torch": torch.__version__,
     }
@@ -93,7 +93,8 @@ def evaluate(
         groups = _count(tally, plan, scored, done, kept, progress)
     else:
         deque(scored, maxlen=0)
-    return EvaluationResult(dataset, domain, _all_gather(groups)[0], settings)
+    prompt_names = tuple(sorted(set(rows["prompt_name"])))
+    return EvaluationResult(dataset, domain, _all_gather(groups)[0], settings, prompt_names)
 
 
 def _count(

@@ -90,12 +90,14 @@ class EvaluationResult:
         domain: "industrial" or "medical".
         groups: what the means are over, in the data set's order.
         settings: all that scores depend on.
+        prompt_names: what fills the prompts of its classes, sorted.
     """
 
     dataset: str
     domain: str
     groups: tuple[GroupResult, ...]
     settings: dict[str, Any]
+    prompt_names: tuple[str, ...] = ()
 
     @property
     def metrics(self) -> Metrics:
@@ -119,9 +121,11 @@ class EvaluationResult:
 
     @property
     def is_whole_benchmark(self) -> bool:
-        """Whether these are all the images of a benchmark, so that its published figures compare."""
+        """Whether these are all images of a benchmark, scored as its own are, so that published figures compare."""
         benchmark = find_benchmark(self.dataset)
-        return benchmark is not None and (self.normal, self.anomalous) == (benchmark.normal, benchmark.anomalous)
+        if benchmark is None or not benchmark.is_own(self.prompt_names, self.domain):
+            return False
+        return (self.normal, self.anomalous) == (benchmark.normal, benchmark.anomalous)
 
     @property
     def references(self) -> dict[str, Metrics]:
@@ -140,6 +144,7 @@ class EvaluationResult:
             "anomalous": self.anomalous,
             "mask_faults": self.mask_faults,
             "is_whole_benchmark": self.is_whole_benchmark,
+            "prompt_names": list(self.prompt_names),
             "metrics": self.metrics,
             **self.references,
             "groups": [
@@ -200,14 +205,21 @@ def summary_table(results: Sequence[EvaluationResult]) -> list[list[str]]:
 
 
 def caveats(result: EvaluationResult) -> list[str]:
-    """What has to be said of masks that are not as they should be, and of published figures beside other images'."""
+    """What has to be said of masks that are not as they should be, and of published figures that do not compare."""
     notes = [
         f"{result.mask_faults[name]} of {result.anomalous} anomalous images {what}."
         for name, what in MASK_FAULTS.items()
         if name in result.mask_faults
     ]
     benchmark = find_benchmark(result.dataset)
-    if benchmark is not None and not result.is_whole_benchmark:
+    if benchmark is None or result.is_whole_benchmark:
+        return notes
+    if not benchmark.is_own(result.prompt_names, result.domain):
+        notes.append(
+            f"Published figures are of {benchmark.name}'s own prompts and domain ({benchmark.domain}), these are not: "
+            "they do not compare."
+        )
+    else:
         notes.append(
             f"Published figures are of {benchmark.normal}/{benchmark.anomalous} images, these of "
             f"{result.normal}/{result.anomalous}: they do not compare."

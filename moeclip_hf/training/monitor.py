@@ -1,7 +1,8 @@
 """What is seen of a training run while it goes on: loss terms, speed, and what the experts do."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 from moeclip_hf.modeling.moe_lora import MoELoraOutput, expert_codes, expert_gram
+from moeclip_hf.training.sharding import whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,7 +34,7 @@ class TrainingMonitor(TrainerCallback):
     And, whenever a checkpoint is written, `expert_gain`: of [`MoECLIPTrainer.expert_gain`].
 
     Args:
-        model ([`MoECLIPModel`]): watched through hooks on its experts.
+        model ([`MoECLIPModel`]): watched within [`~TrainingMonitor.watching`].
     """
 
     def __init__(self, model: MoECLIPModel):
@@ -40,8 +42,6 @@ class TrainingMonitor(TrainerCallback):
         self.experts = list(model.moe_layers)
         self.start = [layer.lora_B.detach().clone() for layer in self.experts]
         self.num_experts_per_tok = model.config.num_experts_per_tok
-        for number, layer in enumerate(self.experts):
-            layer.register_forward_hook(self._watch(number))
         self._reset()
 
     def _reset(self) -> None:
@@ -49,6 +49,14 @@ class TrainingMonitor(TrainerCallback):
         self.terms: dict[str, torch.Tensor] = {}
         self.choices: dict[int, torch.Tensor] = {}
         self.cosines: dict[int, torch.Tensor] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """See what the experts do within the context; no hook is left on them behind it."""
+        with ExitStack() as hooks:
+            for number, layer in enumerate(self.experts):
+                hooks.callback(layer.register_forward_hook(self._watch(number)).remove)
+            yield
 
     def _watch(self, number: int) -> Callable[..., None]:
         def watch(layer: nn.Module, inputs: tuple[Any, ...], output: MoELoraOutput) -> None:
@@ -82,7 +90,7 @@ class TrainingMonitor(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not any(weight.any() for weight in self.start):
-            self.start = [_whole(layer.lora_B.detach()).clone() for layer in self.experts]
+            self.start = [whole(layer.lora_B.detach()).clone() for layer in self.experts]
 
     def collect(self, accelerator: "Accelerator") -> dict[str, float]:
         """Figures since the last call, over all processes, every one of which must call it."""
@@ -104,7 +112,7 @@ class TrainingMonitor(TrainerCallback):
         return logs
 
     def _drift(self) -> float:
-        weights = [_whole(layer.lora_B.detach()).cpu() for layer in self.experts]
+        weights = [whole(layer.lora_B.detach()).cpu() for layer in self.experts]
         start = [weight.cpu() for weight in self.start]
         norms = _length(weights) * _length(start)
         if not norms:
@@ -121,10 +129,5 @@ class ProgressBar(ProgressCallback):
             self.training_bar.set_postfix({short: f"{logs[name]:.3g}" for name, short in shown.items()})
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor, gathered; any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def _length(tensors: list[torch.Tensor]) -> float:
-    return sum(float(_whole(tensor).float().square().sum()) for tensor in tensors) ** 0.5
+    return sum(float(whole(tensor).float().square().sum()) for tensor in tensors) ** 0.5

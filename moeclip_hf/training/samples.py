@@ -5,16 +5,19 @@ was computed before: so several processes train what one does, and a resumed run
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 
 from moeclip_hf.data.augmentation import apply_transforms, draw_transforms
 from moeclip_hf.data.records import read_mask
 from moeclip_hf.errors import DatasetError
+from moeclip_hf.modeling.moe_lora import MoELora
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
 from moeclip_hf.reading import leave_undecoded, read_row
 
@@ -115,6 +118,46 @@ class TrainingSamples(Dataset[dict[str, Any]]):
             "class_index": self._class_index[row["prompt_name"]],
             "sample_seeds": seed,
         }
+
+
+class SampleDropout(nn.Module):
+    """
+    Dropout whose mask follows the sample: the same whichever process computes it, and in whatever batch.
+
+    Args:
+        p (`float`): share of features that are dropped.
+        layer (`int`): tells apart the masks of several layers.
+    """
+
+    def __init__(self, p: float, layer: int):
+        super().__init__()
+        self.p = p
+        self.layer = layer
+        self.sample_seeds: list[int] = []
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, tokens, d), with one of `sample_seeds` an image."""
+        if not self.training or self.p == 0:
+            return hidden_states
+        kept = torch.empty_like(hidden_states)
+        for image, seed in zip(kept, self.sample_seeds, strict=True):
+            generator = torch.Generator(image.device).manual_seed(derive_seed(seed, self.layer))
+            image.bernoulli_(1 - self.p, generator=generator)
+        return hidden_states * kept.div_(1 - self.p)
+
+
+@contextmanager
+def sample_dropout(layers: Sequence[MoELora]) -> Iterator[list[SampleDropout]]:
+    """Have layers drop features by the sample within the context, and by a dropout of their own again behind it."""
+    own = [layer.dropout for layer in layers]
+    by_sample = [SampleDropout(dropout.p, number) for number, dropout in enumerate(own)]
+    try:
+        for layer, dropout in zip(layers, by_sample, strict=True):
+            layer.dropout = dropout
+        yield by_sample
+    finally:
+        for layer, dropout in zip(layers, own, strict=True):
+            layer.dropout = dropout.train(layer.training)
 
 
 def derive_seed(*numbers: int) -> int:

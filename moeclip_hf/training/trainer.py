@@ -1,7 +1,7 @@
 """Training on `transformers.Trainer`: it brings devices, precision, accumulation, DDP, FSDP, trackers and resuming.
 
-What is MoECLIP's own stands here: the balance term over all processes, dropout that follows the sample, a learning
-rate for the experts, and checkpoints that hold what trains alone and appear whole or not at all.
+What is MoECLIP's own stands here: the balance term over all processes, a learning rate for the experts, and
+checkpoints that hold what trains alone and appear whole or not at all.
 """
 
 import json
@@ -33,7 +33,8 @@ from moeclip_hf.pretrained import is_hub_id
 from moeclip_hf.stored_weights import MOECLIP_PARTS, digest_weights, is_finite
 from moeclip_hf.training.monitor import TrainingMonitor
 from moeclip_hf.training.recipes import Recipe, describe_recipe
-from moeclip_hf.training.samples import EpochSampler, TrainingSamples, derive_seed
+from moeclip_hf.training.samples import EpochSampler, SampleDropout, TrainingSamples, sample_dropout
+from moeclip_hf.training.sharding import make_shardable, whole
 
 TRAINED_WEIGHTS = "trained.safetensors"
 """File of a training checkpoint with MoECLIP's own parts; the frozen CLIP is not in it."""
@@ -44,32 +45,6 @@ RECIPE_FILE = "recipe.json"
 _MAY_CHANGE = ("num_epochs", "batch_size")
 
 _STAGING = ".staging"
-
-
-class SampleDropout(nn.Module):
-    """
-    Dropout whose mask follows the sample: the same whichever process computes it, and in whatever batch.
-
-    Args:
-        p (`float`): share of features that are dropped.
-        layer (`int`): tells apart the masks of several layers.
-    """
-
-    def __init__(self, p: float, layer: int):
-        super().__init__()
-        self.p = p
-        self.layer = layer
-        self.sample_seeds: list[int] = []
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, tokens, d), with one of `sample_seeds` an image."""
-        if not self.training or self.p == 0:
-            return hidden_states
-        kept = torch.empty_like(hidden_states)
-        for image, seed in zip(kept, self.sample_seeds, strict=True):
-            generator = torch.Generator(image.device).manual_seed(derive_seed(seed, self.layer))
-            image.bernoulli_(1 - self.p, generator=generator)
-        return hidden_states * kept.div_(1 - self.p)
 
 
 class MoECLIPTrainer(Trainer):
@@ -121,8 +96,7 @@ class MoECLIPTrainer(Trainer):
         self.model_settings = describe_model(model, processor)
         self.experts = list(model.moe_layers)
         self.coefficients = {"etf": model.config.etf_loss_coef, "balance": model.config.router_aux_loss_coef}
-        for number, layer in enumerate(self.experts):
-            layer.dropout = SampleDropout(layer.dropout.p, number)
+        self.dropouts: list[SampleDropout] = []
         self.monitor = TrainingMonitor(model)
         self._staging: Path | None = None
         super().__init__(
@@ -131,6 +105,8 @@ class MoECLIPTrainer(Trainer):
             train_dataset=samples,
             callbacks=[_EpochCallback(self.sampler), self.monitor],
         )
+        if self.is_fsdp_enabled:
+            make_shardable(model)
         self.settings["precision"] = self.accelerator.mixed_precision
         if self.accelerator.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
             raise MoECLIPError("fp16 takes a GPU: on a CPU train in bf16 (--precision bf16), or in float32.")
@@ -177,14 +153,19 @@ class MoECLIPTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the base class does; what that takes within the experts is taken out again, however it ends."""
+        with self.monitor.watching(), sample_dropout(self.experts) as self.dropouts:
+            return super().train(*args, **kwargs)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective (section 3.5), with the balance term over the tokens of all processes."""
         inputs = dict(inputs)
         seeds = inputs.pop("sample_seeds").tolist()
-        for layer in self.experts:
-            layer.dropout.sample_seeds = seeds
+        for dropout in self.dropouts:
+            dropout.sample_seeds = seeds
         classes, class_index = inputs.pop("class_index").unique(return_inverse=True)
         first_groups = 2 * torch.arange(len(classes), device=classes.device)
         self.batch = inputs | {
@@ -277,7 +258,8 @@ class MoECLIPTrainer(Trainer):
         Raises:
             MoECLIPError: a weight is not finite.
         """
-        if any(parameter.requires_grad and not is_finite(parameter) for parameter in self.moeclip.parameters()):
+        trained = (parameter for parameter in self.moeclip.parameters() if parameter.requires_grad)
+        if not all(is_finite(whole(parameter)) for parameter in trained):
             raise MoECLIPError(
                 f"{self.output_dir}: at step {self.state.global_step} the weights are not finite any more and are not "
                 "saved: train anew with a lower learning rate, or with max_grad_norm 1. Checkpoints before are kept."

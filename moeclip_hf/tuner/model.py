@@ -1,7 +1,9 @@
 """Puts MoE-LoRA layers into a model, and reads and writes their weights."""
 
+import re
 import warnings
 from collections.abc import Iterable
+from itertools import product
 from typing import Any
 
 import torch
@@ -76,16 +78,24 @@ class MoELoraModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """
-        Look out for two mistakes that would go unnoticed.
+        Look out for mistakes that would go unnoticed.
 
         Raises:
-            ValueError: if a target lies within another.
+            ValueError: if a target lies within another, or around or within what another adapter adapts.
         """
-        targets = [name for name, _ in model.named_modules() if self._check_target_module_exists(peft_config, name)]
+        names = dict.fromkeys(_base_name(name) for name, _ in model.named_modules() if ".moe_lora_experts" not in name)
+        targets = [name for name in names if self._check_target_module_exists(peft_config, name)]
         for inner in targets:
             outer = next((name for name in targets if inner.startswith(f"{name}.")), None)
             if outer:
                 raise ValueError(f"target_modules matches {outer!r} and, within it, {inner!r}: name either of them.")
+        adapted = [_base_name(name) for name, module in model.named_modules() if isinstance(module, MoELoraLayer)]
+        for outer, inner in (*product(targets, adapted), *product(adapted, targets)):
+            if inner.startswith(f"{outer}."):
+                raise ValueError(
+                    f"target_modules and an adapter that is there match {outer!r} and, within it, {inner!r}: name "
+                    f"either of them for both."
+                )
         own_experts = list(model.get_submodule("moe_layers").children()) if peft_config.base_settings else []
         if own_experts and not any(experts.get_parameter("lora_B").any() for experts in own_experts):
             warnings.warn(
@@ -134,6 +144,11 @@ class MoELoraModel(BaseTuner):
         if experts:
             return f"{before}.moe_lora_experts.{after}"
         return super()._remove_adapter_name_from_key(key, adapter_name)
+
+
+def _base_name(name: str) -> str:
+    """The name that a module had before adapters were put around it, or around what it lies in."""
+    return re.sub(r"\.base_layer(?=\.|$)", "", name)
 
 
 def _default_targets(model_config: dict[str, Any]) -> str:
