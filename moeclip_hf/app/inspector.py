@@ -100,18 +100,25 @@ class Inspector:
         model (`str`, *optional*): folder or Hub id of its own model; the embedded checkpoint by default.
         device (`str`, *optional*): such as `"cuda"`.
         max_megapixels (`float`): of an image; larger ones are refused before they are decoded.
+        revision (`str`, *optional*): of its own model on the Hub.
 
     Raises:
         CheckpointError: if the model cannot be loaded.
     """
 
-    def __init__(self, model: str | None = None, device: str | None = None, max_megapixels: float = 64):
+    def __init__(
+        self,
+        model: str | None = None,
+        device: str | None = None,
+        max_megapixels: float = 64,
+        revision: str | None = None,
+    ):
         self.device = device
         self.max_megapixels = max_megapixels
         # A batch that is stopped leaves its last step running while the next event begins, and to explain is to
         # listen in on the model.
         self._model_in_use = Lock()
-        self._own = self._load(model or EMBEDDED)
+        self._own = self._load(model or EMBEDDED, revision)
         self._last = self._own
         self.model = _describe(*self._own)
 
@@ -198,8 +205,8 @@ class Inspector:
             anchors = pretrained.encode_class(class_name)
             return pretrained.processor.fit_class_name(class_name), anchors
 
-    def _load(self, name: str) -> tuple[str, Pretrained]:
-        return name, load_pretrained(None if name == EMBEDDED else name, self.device)
+    def _load(self, name: str, revision: str | None = None) -> tuple[str, Pretrained]:
+        return name, load_pretrained(None if name == EMBEDDED else name, self.device, revision=revision)
 
 
 def _describe(name: str, pretrained: Pretrained) -> ModelChoice:

@@ -40,6 +40,7 @@ def build_app(
     choose_model: bool = False,
     max_megapixels: float = 64,
     samples: Path | None = None,
+    revision: str | None = None,
 ) -> gr.Blocks:
     """
     Build the page: inspect one image, look at the experts, score many.
@@ -51,6 +52,7 @@ def build_app(
             the machine, and fill its disk and memory: leave it off where strangers reach the page.
         max_megapixels (`float`): of an image; larger ones are refused before they are decoded.
         samples (`Path`, *optional*): folder of images to choose from; rendered textures by default.
+        revision (`str`, *optional*): of a model on the Hub; a commit's stays the same whatever is pushed.
 
     Returns:
         `gr.Blocks`, for [`launch_app`].
@@ -59,7 +61,7 @@ def build_app(
         CheckpointError: if the model cannot be loaded.
         MoECLIPError: if the folder of samples holds no images, or one that cannot be read.
     """
-    inspector = Inspector(model, device, max_megapixels)
+    inspector = Inspector(model, device, max_megapixels, revision)
     choices = render_samples() if samples is None else samples_of_folder(samples, max_megapixels)
     handlers = Handlers(inspector, choices)
     page = gr.Blocks(title="MoECLIP", analytics_enabled=False, delete_cache=(_SECONDS_KEPT, _SECONDS_KEPT))

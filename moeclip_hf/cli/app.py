@@ -13,6 +13,7 @@ def app(
     model: Annotated[
         str | None, typer.Option(help="Checkpoint folder or Hub id.", show_default="the embedded demonstration")
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a checkpoint on the Hub.", show_default="main")] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets others in.")] = "127.0.0.1",
     port: Annotated[
         int | None,
@@ -51,9 +52,9 @@ def app(
     from moeclip_hf.app import build_app, launch_app
 
     logging.disable_progress_bar()
-    page = build_app(
-        model, device, is_loopback(host) if choose_model is None else choose_model, max_image_megapixels, samples
-    )
+    if choose_model is None:
+        choose_model = is_loopback(host)
+    page = build_app(model, device, choose_model, max_image_megapixels, samples, revision)
     launch_app(page, host, port, max_upload_mb)
 
 

@@ -88,6 +88,7 @@ def train(
     clip: Annotated[
         str, typer.Option(help="Plain CLIP, or a MoECLIP to go on from: folder, Hub id or embedded.")
     ] = "openai/clip-vit-large-patch14-336",
+    revision: Annotated[str | None, typer.Option(help="Of a CLIP on the Hub.", show_default="main")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Of a MoECLIP take the CLIP alone.")] = False,
     recipe: Annotated[RecipeName, typer.Option(help="See docs/training.md.")] = RecipeName.paper,
     num_epochs: Annotated[float | None, _recipe("Passes over the data.")] = None,
@@ -192,7 +193,13 @@ def train(
     check_installed(args)
     rows = load_data(source, data_dir, split, classes.split(",") if classes else None, class_name=class_name)
     model, processor = start_model(
-        clip, chosen, seed, image_size, fresh, **{name: given[name] for name in _MODEL_SETTINGS & given.keys()}
+        clip,
+        chosen,
+        seed,
+        image_size,
+        fresh,
+        revision,
+        **{name: given[name] for name in _MODEL_SETTINGS & given.keys()},
     )
     hub_id = dataset if dataset is not None and is_hub_id(dataset) else None
     with redirect_stdout(sys.stderr if as_json else sys.stdout):

@@ -51,6 +51,7 @@ def start_model(
     seed: int = 0,
     image_size: int | None = None,
     fresh: bool = False,
+    revision: str | None = None,
     **config: Any,
 ) -> tuple[MoECLIPModel, MoECLIPProcessor]:
     """
@@ -63,6 +64,7 @@ def start_model(
         image_size (`int`, *optional*): pixels that images are resized to; by default 518 for a CLIP of patch 14 and
             336 pixels, as the method does, and any other checkpoint's own size.
         fresh (`bool`): of a MoECLIP checkpoint take the CLIP alone, and draw the rest anew.
+        revision (`str`, *optional*): of a Hub repository.
         config: other fields of `MoECLIPConfig`, such as `num_experts`.
 
     Returns:
@@ -75,7 +77,7 @@ def start_model(
     source = str(EMBEDDED_CHECKPOINT) if clip == "embedded" else str(clip)
     set_seed(seed)
     try:
-        folder = fetch_clip(source)
+        folder = fetch_clip(source, revision)
         settings = apply_recipe(MoECLIPConfig.from_pretrained(folder, **config), recipe)
         goes_on = not fresh and _is_moeclip(folder)
         if goes_on:

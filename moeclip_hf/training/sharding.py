@@ -13,7 +13,8 @@ def make_shardable(model: "MoECLIPModel") -> None:
     Have FSDP take a model.
 
     It shards no parameter without dimensions, so that CLIP's temperature, which MoECLIP keeps and does not use,
-    becomes a buffer of the same name; and Accelerate asks for input embeddings, of which a model of two towers has not one.
+    becomes a buffer of the same name; and Accelerate asks for input embeddings, of which a model of two towers has
+    more than one kind.
     """
     temperature = model.logit_scale.detach()
     del model.logit_scale
