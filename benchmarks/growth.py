@@ -8,9 +8,8 @@ a fresh process, and its plain form in another. The plain step is left out where
 would take 4 GB. glibc is left as it is: told to keep memory, the plain form took 24 GB on the largest images.
 
 `metrics` and `predictions` grow in the number of images, each number in a fresh process: the seven metrics on
-simulated maps of 8 x 8, up to 1,000,000, and scoring files of 64 x 64 with a model that takes no time, up to 100,000.
-A prediction takes up to 2 ms, so that these take three minutes; `--most 1000000` takes predictions as far as metrics,
-and half an hour more.
+simulated maps of 8 x 8, and scoring files of 64 x 64 with a model that takes no time, both up to 1,000,000. A
+prediction takes up to 2 ms, so that these take up to half an hour; `--most 100000` leaves out nine tenths of it.
 """
 
 import time
@@ -225,7 +224,7 @@ class Counted:
 
 COUNTED = {
     "metrics": Counted("Seven metrics", time_metrics, 1_000, 1_000_000),
-    "predictions": Counted("Prediction without a model", time_predictions, 100, 100_000),
+    "predictions": Counted("Prediction without a model", time_predictions, 100, 1_000_000),
 }
 
 
