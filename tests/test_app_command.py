@@ -41,7 +41,7 @@ def test_the_command_listens_to_this_machine_alone_unless_told_otherwise(monkeyp
     monkeypatch.setattr("moeclip_hf.app.build_app", lambda *given: built.append(given))
     monkeypatch.setattr("moeclip_hf.app.launch_app", lambda *given: launched.append(given))
     assert CliRunner().invoke(cli, ["app", *arguments]).exit_code == 0
-    assert built == [(None, None, choose_model, 64, None)]
+    assert built == [(None, None, choose_model, 64, None, None)]
     assert launched == [(None, host, None, 32)]
 
 
