@@ -187,8 +187,8 @@ def test_every_entry_of_the_suite_is_a_module_that_takes_its_options(name, monke
 
 def test_numbers_of_images_grow_tenfold_up_to_a_bound_of_both():
     assert growth.counts_of("metrics", None) == (1_000, 10_000, 100_000, 1_000_000)
-    assert growth.counts_of("predictions", None) == (100, 1_000, 10_000, 100_000)
-    assert growth.counts_of("predictions", 1_000_000)[-1] == 1_000_000
+    assert growth.counts_of("predictions", None) == (100, 1_000, 10_000, 100_000, 1_000_000)
+    assert growth.counts_of("predictions", 100_000)[-1] == 100_000
     assert growth.counts_of("metrics", 5_000) == (1_000,)
 
 
