@@ -190,7 +190,7 @@ def predict(
         detector ([`Detector`]): such as from [`load_pretrained`].
         paths: of the files.
         class_name (`str`): what the images show, such as "metal nut".
-        batch_size (`int`): images, or tiles, computed at once; no score depends on it.
+        batch_size (`int`): images, or tiles, computed at once; it moves the last digits of a score at most.
         threshold, pixel_threshold (`float`, *optional*): of verdicts and regions, instead of the processor's.
         size (`dict[str, int]`, *optional*): what images, or tiles, are resized to, instead of the processor's size;
             from [`input_size`].

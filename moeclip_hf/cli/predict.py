@@ -118,7 +118,9 @@ def predict(
         float | None,
         typer.Option(min=0, max=0.9, help="Share of a tile's side in common with the next one.", show_default="0.25"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images or tiles at once; no score depends on it.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images or tiles at once; moves the last digits of a score at most.")
+    ] = 8,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.", show_default="the best there is")] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Type to compute in.", show_default="float16 on CUDA, else float32")
