@@ -17,6 +17,7 @@ from scipy import ndimage
 from torch.utils.data import Dataset
 
 from moeclip_hf.data.textures import FAMILIES, add_defect, render
+from moeclip_hf.data.textures.canvas import brightness
 from moeclip_hf.data.textures.splits import AUXILIARY_FAMILIES, SEEN_DEFECTS
 from moeclip_hf.errors import DatasetError
 from moeclip_hf.threads import read_ahead
@@ -174,7 +175,7 @@ def vary(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.4:
         pixels = np.clip((pixels - pixels.mean()) * rng.uniform(0.5, 1.6) + rng.uniform(0.25, 0.75), 0, 1)
     if rng.random() < 0.3:
-        pixels = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
+        pixels = np.repeat(brightness(pixels)[..., None], 3, axis=2)
     return np.round(pixels * 255).astype(np.uint8)
 
 
@@ -204,7 +205,8 @@ def photograph(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def name_colour(image: np.ndarray) -> int:
     """Which of `COLOURS` comes nearest to the mean."""
-    distances = np.square(np.array(list(COLOURS.values())) - image.mean(axis=(0, 1))).sum(axis=1)
+    mean = np.array([image[..., channel].mean() for channel in range(3)])  # of one axis of three numpy is slow
+    distances = np.square(np.array(list(COLOURS.values())) - mean).sum(axis=1)
     return int(distances.argmin())
 
 

@@ -1,5 +1,6 @@
 """The recipe of the embedded checkpoint: captions, samples and the pretraining of its CLIP."""
 
+import copy
 import json
 from itertools import chain
 
@@ -135,6 +136,30 @@ def test_match_loss_is_cross_entropy_to_an_even_spread_over_what_matches():
     second = -(torch.log(torch.exp(logits[1, 1:]) / torch.exp(logits[1]).sum())).mean()
     loss = pretraining.PretrainingModel.match_loss(logits, matches)
     torch.testing.assert_close(loss, (first + second) / 2)
+
+
+def test_bfloat16_in_the_vision_tower_hardly_moves_loss_and_gradients(samples, tokenizer):
+    torch.manual_seed(0)
+    clip, batch = pretraining.tiny_clip(tokenizer), Collator(tokenizer)(samples[:8])
+    plain, quick = (
+        pretraining.PretrainingModel(clip),
+        pretraining.PretrainingModel(copy.deepcopy(clip), torch.bfloat16),
+    )
+    quick.heads.load_state_dict(plain.heads.state_dict())
+    seen = []
+    for block in quick.clip.vision_model.encoder.layers:
+        block.mlp.fc1.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    losses = [model(**batch)["loss"] for model in (plain, quick)]
+    for loss in losses:
+        loss.backward()
+    assert set(seen) == {torch.bfloat16}
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
+    for (name, weight), narrow in zip(plain.named_parameters(), quick.parameters(), strict=True):
+        if weight.grad is None or name.endswith("k_proj.bias"):  # adding to all keys alike changes no attention
+            continue
+        assert narrow.grad.dtype == torch.float32
+        cosine = torch.nn.functional.cosine_similarity(weight.grad.ravel(), narrow.grad.ravel(), dim=0)
+        assert cosine > 0.998, name
 
 
 def test_matrices_of_a_shape_at_once_take_the_steps_of_torchs_muon_one_by_one():

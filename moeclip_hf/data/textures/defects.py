@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from moeclip_hf.data.textures.canvas import Array, Colour, blend, grey, mix, smoothstep
+from moeclip_hf.data.textures.canvas import Array, Colour, blend, brightness, grey, mix, smoothstep
 from moeclip_hf.errors import DatasetError
 
 TOLERANCE = 8
@@ -77,7 +77,7 @@ class Picture:
 
     def fill(self, colour: Colour | Array) -> Array:
         """A colour, (3,) or H x W x 3, with the picture's own fine grain over it, as one camera would take both."""
-        bright = self.pixels.mean(axis=2)
+        bright = brightness(self.pixels)
         grain = np.clip(bright - ndimage.uniform_filter(bright, 3), -0.06, 0.06)
         return colour + 0.4 * grain[..., None]
 
@@ -117,7 +117,7 @@ def add_defect(image: Array, kind: str, rng: np.random.Generator, unit: float | 
     for _ in range(_TRIES):
         pixels, support = DEFECTS[kind](picture)
         changed = np.round(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
-        difference = np.abs(changed.astype(np.int16) - image).max(axis=2)
+        difference = np.maximum.reduce([*np.moveaxis(np.abs(changed.astype(np.int16) - image), 2, 0)])
         mask = (support > 0.5) | (difference > TOLERANCE)
         contrast = float(difference[mask].mean()) / 255 if mask.mean() >= _MIN_AREA else 0.0
         if contrast > (best[0] if best else TOLERANCE / 255):
@@ -227,7 +227,7 @@ def color_spot(picture: Picture) -> tuple[Array, Array]:
         spot = _blob(picture, centre, picture.size(3, 18), rough=0.2, soft=0.12)
         support = np.maximum(support, spot)
         centre = np.clip(centre + picture.rng.normal(0, 22 * picture.unit, 2), 0, np.array(picture.shape[::-1]) - 1)
-    dyed = colour * (0.35 + picture.pixels.mean(axis=2, keepdims=True))
+    dyed = colour * (0.35 + brightness(picture.pixels)[..., None])
     paint = mix(dyed, picture.fill(colour), picture.uniform(0.0, 1.0))
     return blend(picture.pixels, paint, support * picture.uniform(0.6, 1.0)), support
 
