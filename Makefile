@@ -26,8 +26,9 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python -m examples.demo --output-dir outputs/demo
 
+# Two processes of one thread each; a file's tests stay together, as they share what they set up.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not browser"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not browser" -n 2 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -27,7 +27,7 @@ from moeclip_hf.visualization import draw_overlay, tile_pictures
 ADAPTED_ON = frozenset(name.replace("_", " ") for name in AUXILIARY_FAMILIES)
 # Class, scikit-image's photograph, top left corner of the crop, defect (None: as it is) and the seed that draws it.
 PHOTOGRAPHS = (
-    ("brick wall", "brick", (128, 128), None, 0),
+    ("brick wall", "brick", (64, 64), None, 0),
     ("brick wall", "brick", (0, 256), "missing_patch", 2),
     ("brick wall", "brick", (256, 0), "hole", 3),
     ("grass", "grass", (256, 0), None, 0),

@@ -402,7 +402,8 @@ def main() -> None:
         model.clip.save_pretrained(args.output_dir)
         side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
         images = CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False)
-        CLIPProcessor(images, tokenizer).save_pretrained(args.output_dir)
+        # A tokenizer of its own: that of the collator would tell how batches were padded and cut.
+        CLIPProcessor(images, train_tokenizer()).save_pretrained(args.output_dir)
     leave_processes()
 
 

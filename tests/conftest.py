@@ -1,6 +1,6 @@
 import os
 
-# Before torch: several small tests side by side are quicker on one thread each, and a Hub must never be asked.
+# Before torch. No more threads than the machines that tests are made for have cores, and a Hub must never be asked.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 # The same bits wherever numbers lie in memory, which tests of exactness compare: by itself MKL rounds matrix products
 # otherwise on some processors when the weights come from a file.

@@ -203,3 +203,4 @@ def test_command_pretrains_goes_on_after_a_cut_and_writes_a_clip(tmp_path, monke
     assert not (cut / "checkpoint-3").exists()
     clip, tokenizer = CLIPModel.from_pretrained(tmp_path / "cut"), AutoTokenizer.from_pretrained(tmp_path / "cut")
     assert clip.config.text_config.eos_token_id == tokenizer.eos_token_id
+    assert "truncation_strategy" not in json.loads((tmp_path / "cut" / "tokenizer_config.json").read_text())
