@@ -120,6 +120,7 @@ def test_an_exported_folder_does_without_the_model(exported, images, tmp_path, m
         raise AssertionError("a model was made")
 
     monkeypatch.setattr(PreTrainedModel, "__init__", refuse)
+    monkeypatch.setenv("COLUMNS", "200")  # for paths as long as these
     result = run(
         "predict", images, "--class-name", "granite", "--model", exported[0], "--output-dir", tmp_path / "results"
     )
