@@ -24,6 +24,7 @@ SUITE: dict[str, tuple[str, ...]] = {
     "alternatives": ("alternatives",),
     "training_step": ("training_step", "--memory"),
     "preprocessing": ("preprocessing",),
+    "pretraining": ("pretraining",),
     "metrics": ("metrics",),
     "startup": ("startup",),
     "prediction": ("prediction",),
