@@ -205,7 +205,7 @@ def photograph(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def name_colour(image: np.ndarray) -> int:
     """Which of `COLOURS` comes nearest to the mean."""
-    mean = np.array([image[..., channel].mean() for channel in range(3)])  # of one axis of three numpy is slow
+    mean = np.array([image[..., channel].mean() for channel in range(3)])  # at once numpy takes longer
     distances = np.square(np.array(list(COLOURS.values())) - mean).sum(axis=1)
     return int(distances.argmin())
 

@@ -47,6 +47,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import is_torch_bf16_gpu_available
 
 from examples.captioned_textures import (
     COLOURS,
@@ -344,7 +345,7 @@ class PretrainingTrainer(Trainer):
 def multiplies_bfloat16() -> bool:
     """Whether the accelerator, or else the processor, multiplies bfloat16."""
     if torch.accelerator.is_available():
-        return True
+        return is_torch_bf16_gpu_available()
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in BFLOAT16_PRODUCTS)
 

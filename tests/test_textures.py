@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from moeclip_hf.cli import app
 from moeclip_hf.data import load_data, read_mask
 from moeclip_hf.data.textures import DEFECTS, FAMILIES, TOLERANCE, add_defect, render, write_texture_benchmark
+from moeclip_hf.data.textures.canvas import brightness
 from moeclip_hf.errors import DatasetError
 
 
@@ -215,3 +216,8 @@ def test_nothing_is_written_for_an_unknown_name(tmp_path):
         write_texture_benchmark(tmp_path / "new", ["cork"], ["scratch", "dent"])
 
     assert not (tmp_path / "new").exists()
+
+
+def test_brightness_is_the_mean_of_the_channels_to_the_last_bit():
+    pixels = np.random.default_rng(0).random((37, 53, 3), dtype=np.float32)
+    np.testing.assert_array_equal(brightness(pixels), pixels.mean(axis=2))
