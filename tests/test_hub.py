@@ -92,6 +92,9 @@ from moeclip_hf.training import MoECLIPTrainer, TrainingSamples, get_recipe, sta
 CLIPModel.from_pretrained("clip").push_to_hub("ann/clip")
 processor = MoECLIPProcessor.from_pretrained("checkpoint")
 processor.push_to_hub("ann/clip")
+warmer = CLIPModel.from_pretrained("clip")
+torch.nn.init.constant_(warmer.logit_scale, 3.25)
+warmer.push_to_hub("ann/clip", revision="warmer")
 full = MoECLIPModel.from_pretrained("checkpoint", dtype=torch.float32)
 full.push_to_hub("ann/plain")
 processor.push_to_hub("ann/plain")
@@ -350,6 +353,14 @@ except CheckpointError as error:
     )
     assert printed == "ann/plain: the Hub is not asked while HF_HUB_OFFLINE is set, and the cache has no copy.\n"
     assert len(workplace.hub.requests) == asked
+
+
+def test_a_clip_is_converted_at_the_revision_that_is_told(workplace):
+    which = ("--clip", "ann/clip", "--revision", "warmer", "--output", "converted")
+    done = workplace.moeclip("convert", "openai", *which, home="dora")
+    assert done.returncode == 0, done.stderr
+    assert CLIPModel.from_pretrained(workplace.folder / "converted").logit_scale.item() == 3.25
+    assert MoECLIPProcessor.from_pretrained(workplace.folder / "converted").tokenizer("granite").input_ids
 
 
 REFUSALS = """

@@ -109,7 +109,10 @@ def test_what_passes_is_tried_again(hub, method, path, faults):
     assert_whole(folder)
 
 
-@pytest.mark.parametrize("command", ["predict", "explain", "export", "calibrate", "evaluate", "app", "train"])
+@pytest.mark.parametrize(
+    "command",
+    ["predict", "explain", "export", "calibrate", "evaluate", "app", "train", "convert export", "convert openai"],
+)
 def test_every_command_that_uses_a_checkpoint_takes_the_revision_it_is_told(hub, tmp_path, command):
     write_folder(tmp_path / "data")
     picture = next((tmp_path / "data").rglob("*.png"))
@@ -121,9 +124,12 @@ def test_every_command_that_uses_a_checkpoint_takes_the_revision_it_is_told(hub,
         "evaluate": ["--data-dir", tmp_path / "data", "--no-pictures"],
         "app": [],
         "train": ["--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out", "--tracker", "none", "--cpu"],
+        "convert export": ["--output", tmp_path / "moe_last.pth"],
+        "convert openai": ["--output", tmp_path / "out"],
     }[command]
-    model, told = ("--clip", "cannot be loaded to train on: ") if command == "train" else ("--model", "")
-    arguments = [command, *given, model, "ann/it", "--revision", "v9"]
+    model = "--clip" if command in ("train", "convert openai") else "--model"
+    told = "cannot be loaded to train on: " if command == "train" else ""
+    arguments = [*command.split(), *given, model, "ann/it", "--revision", "v9"]
     with pytest.raises(CheckpointError, match=f"^ann/it: {told}has no revision 'v9'"):
         CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 

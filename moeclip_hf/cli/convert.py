@@ -56,6 +56,7 @@ VisionHeads = Annotated[
 TextHeads = Annotated[
     int | None, typer.Option(min=1, help="Attention heads.", show_default="width / 64, or the CLIP's")
 ]
+Revision = Annotated[str | None, typer.Option(help="Of a CLIP on the Hub.", show_default="main")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
@@ -100,6 +101,7 @@ def released(
     vision_heads: VisionHeads = None,
     text_heads: TextHeads = None,
     dtype: StoredDtype = Dtype.float32,
+    revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Join a released adapter with its CLIP to a complete checkpoint folder with its processor.
@@ -107,6 +109,7 @@ def released(
     What the shapes tell is inferred. The activation is set to exact GELU, as the released code trains with it.
     """
     _check_folder(output)
+    clip = _fetch_revision(clip, revision)
     tokenizer = _find_tokenizer(tokenizer, clip)
 
     import torch
@@ -148,10 +151,12 @@ def openai(
     vision_heads: VisionHeads = None,
     text_heads: TextHeads = None,
     dtype: StoredDtype = Dtype.float32,
+    revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a CLIP as a transformers folder with its processor, such as training starts from."""
     _check_folder(output)
+    clip = _fetch_revision(clip, revision)
     tokenizer = _find_tokenizer(tokenizer, clip)
 
     import torch
@@ -177,6 +182,7 @@ def openai(
 def export(
     model: Annotated[str, typer.Option(help="MoECLIP checkpoint folder or Hub id.")],
     output: Annotated[Path, typer.Option(help="Adapter checkpoint to write (.pth).")],
+    revision: Annotated[str | None, typer.Option(help="Of a checkpoint on the Hub.", show_default="main")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint's adapter as the released code saves it; its CLIP is not in it."""
@@ -192,12 +198,23 @@ def export(
 
     logging.disable_progress_bar()
 
-    loaded = load_pretrained(model, device="cpu", dtype=torch.float32).model
+    loaded = load_pretrained(model, device="cpu", dtype=torch.float32, revision=revision).model
     output.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"epoch": 0, "optimizer_state_dict": {}, **export_released(loaded)}, output)
     if not as_json:
         typer.echo("Not in the file, and to be set by hand where it is used:")
     _report({**settings_beside_adapter(loaded.config), "output": output}, {}, as_json)
+
+
+def _fetch_revision(clip: str, revision: str | None) -> str:
+    """The folder with a revision of a Hub repository, from which tokenizer and processor are taken too."""
+    from moeclip_hf.conversion.reading import is_repository
+
+    if revision is None or not is_repository(clip):
+        return clip
+    from moeclip_hf.pretrained import fetch_clip
+
+    return str(fetch_clip(clip, revision))
 
 
 def _find_tokenizer(tokenizer: str | None, clip: str) -> str:
