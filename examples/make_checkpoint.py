@@ -4,7 +4,7 @@
 
 Every part is a command that a reader can run alone; they are printed as they run. A part whose result is there is
 passed over. A training or an evaluation that was cut off goes on, and any other part starts again. Data that was
-rendered from other settings is made anew, with what was made from it; an evaluation of other weights is done again.
+rendered from other settings is made anew, with what was made from it; an evaluation of another model is done again.
 After a change of how it is trained delete `trained/` and the checkpoint. No setting was chosen by what the card
 reports: test families, unseen kinds of defect, and photographs. `--install` puts the result in the place of the
 checkpoint that comes with the package.
@@ -37,7 +37,7 @@ from moeclip_hf.data.textures.splits import (
     UNSEEN_DEFECTS,
     VALIDATION_FAMILIES,
 )
-from moeclip_hf.evaluation.protocol import weights_digest
+from moeclip_hf.evaluation.protocol import find_differences
 from moeclip_hf.evaluation.results import Metrics, mean_metrics
 from moeclip_hf.metrics import AnomalyMetrics
 from moeclip_hf.model_card import read_evaluation
@@ -145,11 +145,8 @@ def made_from(root: Path, name: str) -> tuple[Path, ...]:
 
 
 def is_evaluated(results: Path, final: Path) -> bool:
-    """Whether an evaluation is there, of this checkpoint's weights."""
-    if not results.exists():
-        return False
-    (evaluated,) = (result["settings"] for result in read_evaluation(results)["datasets"])
-    return weights_digest(load_pretrained(final, device="cpu", dtype=evaluated["dtype"])) == evaluated["weights"]
+    """Whether an evaluation is there, of this checkpoint."""
+    return results.exists() and not find_differences(final, read_evaluation(results))
 
 
 def make(root: Path) -> Path:

@@ -34,7 +34,6 @@ from moeclip_hf.pretrained import (
     fetch_checkpoint,
     is_adapter,
     is_hub_id,
-    load_pretrained,
 )
 from moeclip_hf.registration import PIPELINE_TASK
 
@@ -123,7 +122,7 @@ def push_to_hub(
         `CommitInfo` with `commit_url`, `oid`, `repo_url` and `pr_url`.
 
     Raises:
-        CheckpointError: if the source is not what can be published, or the evaluation is of other weights.
+        CheckpointError: if the source is not what can be published, or the evaluation is of another model.
         PublishingError: if the Hub does not take it; says why.
     """
     _check_repo_id(repo_id)
@@ -265,13 +264,13 @@ def _facts(
 
 
 def _refuse_foreign_evaluation(folder: Path, document: dict[str, Any], path: Path) -> None:
-    """Refuse to publish figures of other weights."""
-    from moeclip_hf.evaluation.protocol import weights_digest
+    """Refuse to publish figures of another model."""
+    from moeclip_hf.evaluation.protocol import find_differences
 
-    evaluated = {(result["settings"]["dtype"], result["settings"]["weights"]) for result in document["datasets"]}
-    for dtype, digest in sorted(evaluated):
-        if weights_digest(load_pretrained(folder, device="cpu", dtype=dtype)) != digest:
-            raise CheckpointError(f"{path}: was measured with other weights than those in {folder}: evaluate these.")
+    if difference := find_differences(folder, document):
+        raise CheckpointError(
+            f"{path}: was measured with another model than {folder} holds ({difference}): evaluate this one."
+        )
 
 
 def _model_config(folder: Path) -> dict[str, Any]:

@@ -44,6 +44,13 @@ _MAX_EDGE = 8192
 # The code that transformers' CLIP knows as "the largest id", from before its configurations named the right one.
 _LEGACY_END_ID = 2
 
+# Of a configuration: what training alone looks at, and what of a tower no weight's shape tells.
+_OF_TRAINING = ("lora_dropout", "etf_loss_coef", "router_aux_loss_coef")
+_OF_TOWERS = {
+    "text_config": ("num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id"),
+    "vision_config": ("num_attention_heads", "hidden_act", "layer_norm_eps"),
+}
+
 EMBEDDED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "moeclip-tiny-textures"
 
 
@@ -145,6 +152,21 @@ def load_pretrained(
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{source}: cannot be loaded as a MoECLIP checkpoint: {reason}") from error
     return Pretrained(loaded.eval().to(device), processor)
+
+
+def describe_computation(model: MoECLIPModel, processor: MoECLIPProcessor) -> dict[str, Any]:
+    """
+    What maps and scores depend on beside weights, class names and the images' size, by setting: the parts' and the
+    towers' settings that no weight tells, and how images are normalised. As JSON gives it back.
+    """
+    config, images = model.config, processor.image_processor
+    parts = {name: getattr(config, name) for name in MoECLIPConfig.__annotations__ if name not in _OF_TRAINING}
+    towers = {
+        f"{tower}.{name}": getattr(getattr(config, tower), name)
+        for tower, names in _OF_TOWERS.items()
+        for name in names
+    }
+    return parts | towers | {"image_mean": list(images.image_mean), "image_std": list(images.image_std)}
 
 
 def fetch_checkpoint(source: "str | PathLike[str]", revision: str | None = None) -> Path:

@@ -46,6 +46,24 @@ def tokenizer():
     )
 
 
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory, tokenizer) -> Path:
+    """The folder of a small random CLIP, to train on."""
+    from training_runs import write_plain_clip
+
+    return write_plain_clip(tmp_path_factory.mktemp("clip"), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    """24 images of two classes with masks, to train on."""
+    from training_runs import write_folder
+
+    from moeclip_hf.data import load_folder
+
+    return load_folder(write_folder(tmp_path_factory.mktemp("data")))
+
+
 @pytest.fixture
 def bounded_memory() -> Iterator[None]:
     """Nothing may set aside more than 2 GB; what would is refused by the system, not by luck."""

@@ -14,7 +14,7 @@ import pytest
 from benchmark_trees import write_folder as write_parts
 from benchmark_trees import write_jsonl, write_tree
 from PIL import Image
-from training_runs import tiny_trainer, write_folder, write_plain_clip
+from training_runs import tiny_trainer, write_folder
 from typer.testing import CliRunner
 
 from moeclip_hf.cli import app
@@ -31,11 +31,6 @@ EDGE = 32
 @pytest.fixture(scope="module")
 def pretrained():
     return load_pretrained(device="cpu")
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory, tokenizer):
-    return write_plain_clip(tmp_path_factory.mktemp("clip"), tokenizer)
 
 
 @pytest.fixture(scope="module")

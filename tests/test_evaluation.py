@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -24,7 +25,7 @@ from moeclip_hf.errors import DatasetError, MoECLIPError, MoECLIPWarning, Unread
 from moeclip_hf.evaluation import EvaluationResult, GroupResult, evaluate, scoring
 from moeclip_hf.evaluation.results import METRICS, caveats, dataset_table, mean_metrics, summary_table
 from moeclip_hf.plots import draw_captioned, draw_curves, outline_mask
-from moeclip_hf.pretrained import load_pretrained
+from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
 
 EDGE = 32
 
@@ -274,6 +275,30 @@ def test_other_weights_do_not_go_on_with_these_scores(pretrained, tmp_path):
         next(other.model.text_adapter.parameters())[0, 0] += 1
     with pytest.raises(MoECLIPError, match="weights"):
         evaluate(other, rows, image_size=EDGE, resume_dir=tmp_path / "unfinished")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "told"),
+    [
+        ("config.json", {"residual_weight": 0.3}, "residual_weight 0.03, not 0.3"),
+        ("config.json", {"num_experts_per_tok": 1}, "num_experts_per_tok 2, not 1"),
+        ("config.json", {"aggregation_sizes": [1, 3]}, r"aggregation_sizes \[1, 3, 5\], not \[1, 3\]"),
+        ("config.json", {"vision_config": {"hidden_act": "relu"}}, "vision_config.hidden_act gelu, not relu"),
+        ("config.json", {"text_config": {"layer_norm_eps": 0.1}}, "text_config.layer_norm_eps 1e-05, not 0.1"),
+        ("processor_config.json", {"image_processor": {"image_mean": [0.5] * 3}}, r"image_mean \[.*\], not \["),
+    ],
+)
+def test_other_settings_of_the_model_do_not_go_on_with_these_scores(pretrained, tmp_path, file, change, told):
+    write_folder(tmp_path / "data")
+    rows = load_data(tmp_path / "data")
+    evaluate(pretrained, rows, image_size=EDGE, resume_dir=tmp_path / "unfinished")
+    shutil.copytree(EMBEDDED_CHECKPOINT, tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / file).read_text())
+    for name, value in change.items():
+        settings[name] = settings[name] | value if isinstance(value, dict) else value
+    (tmp_path / "model" / file).write_text(json.dumps(settings))
+    with pytest.raises(MoECLIPError, match=rf"other settings \({told}.*\):"):
+        evaluate(load_pretrained(tmp_path / "model", "cpu"), rows, image_size=EDGE, resume_dir=tmp_path / "unfinished")
 
 
 def test_people_get_tables_reports_and_pictures(tmp_path):

@@ -19,7 +19,7 @@ from moeclip_hf.data import load_folder
 from moeclip_hf.data.textures import TOLERANCE, add_defect
 from moeclip_hf.data.textures.splits import VALIDATION_FAMILIES
 from moeclip_hf.evaluation import evaluate
-from moeclip_hf.evaluation.protocol import weights_digest
+from moeclip_hf.evaluation.protocol import describe_model
 from moeclip_hf.metrics import AnomalyMetrics
 from moeclip_hf.pretrained import load_pretrained
 from moeclip_hf.training import get_recipe, start_model
@@ -149,7 +149,7 @@ def test_evaluation_of_other_weights_is_done_again(made, tmp_path, monkeypatch):
     assert evaluated == list(make_checkpoint.REPORTED)
 
     document = json.loads(results.read_text())
-    document["datasets"][0]["settings"]["weights"] = weights_digest(load_pretrained(root / NAME, dtype="float32"))
+    document["datasets"][0]["settings"] |= describe_model(load_pretrained(root / NAME, dtype="float32"))
     results.write_text(json.dumps(document))
     evaluated.clear()
     make_checkpoint.make(root)

@@ -145,12 +145,15 @@ def test_figures_are_those_of_the_evaluation_and_undefined_ones_are_left_out(che
     assert "—" in next(line for line in text.splitlines() if line.startswith("| polyps |"))
 
 
-def test_an_evaluation_of_other_weights_or_something_else_is_refused(checkpoint, results, pretrained, tmp_path):
+def test_an_evaluation_of_another_model_or_of_something_else_is_refused(checkpoint, results, pretrained, tmp_path):
     other = MoECLIPModel.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.float32)
     with torch.no_grad():
         other.moe_layers[0].lora_B[0, 0] += 0.01
-    with pytest.raises(CheckpointError, match="was measured with other weights"):
+    with pytest.raises(CheckpointError, match=r"was measured with another model than .* holds \(weights "):
         written(Pretrained(other, pretrained.processor), tmp_path, evaluation=results)
+    stronger = MoECLIPModel.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.float32, residual_weight=0.3)
+    with pytest.raises(CheckpointError, match=r"\(residual_weight 0.03, not 0.3\): evaluate this one"):
+        written(Pretrained(stronger, pretrained.processor), tmp_path, evaluation=results)
     (tmp_path / "other.json").write_text("{}")
     for path, words in ((tmp_path / "other.json", "is not the results.json"), (tmp_path / "gone", "no such file")):
         with pytest.raises(CheckpointError, match=words):

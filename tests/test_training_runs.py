@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import random_anchors, random_pixels
-from training_runs import interrupt_second_step, logged, tiny_trainer, write_folder, write_plain_clip
+from training_runs import interrupt_second_step, logged, tiny_trainer, write_folder
 from transformers import CLIPImageProcessorPil
 
 from moeclip_hf.data import load_folder
@@ -21,16 +21,6 @@ from moeclip_hf.errors import CheckpointError, DatasetError, MoECLIPError
 from moeclip_hf.pretrained import load_pretrained
 from moeclip_hf.training import TrainingSamples, get_recipe, start_model, train, training_arguments
 from moeclip_hf.training.samples import Draw
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory, tokenizer):
-    return write_plain_clip(tmp_path_factory.mktemp("clip"), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return load_folder(write_folder(tmp_path_factory.mktemp("data")))
 
 
 def test_only_moeclips_own_parts_change_and_are_saved(clip, rows, tmp_path):
@@ -77,19 +67,6 @@ def test_the_papers_recipe_keeps_the_exploding_first_gradient_out_of_adams_momen
     assert lengths["paper"] < 1.001
 
 
-@pytest.mark.parametrize("at", [3, 6])
-def test_resumed_run_repeats_the_losses_and_weights_of_an_unbroken_one(clip, rows, tmp_path, at):
-    unbroken = tiny_trainer(clip, rows, tmp_path / "unbroken", save_steps=at, save_total_limit=None)
-    unbroken.train()
-    assert len(logged(unbroken, "loss")) == 12
-    torch.manual_seed(99)
-    resumed = tiny_trainer(clip, rows, tmp_path / "resumed", dataloader_num_workers=2)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "unbroken" / f"checkpoint-{at}"))
-    assert logged(resumed, "loss") == logged(unbroken, "loss")
-    for name, tensor in unbroken.moeclip.state_dict().items():
-        assert torch.equal(resumed.moeclip.state_dict()[name], tensor), name
-
-
 def test_each_checkpoint_logs_what_the_experts_gain_on_the_last_batch(clip, rows, tmp_path):
     recipe = get_recipe("paper", batch_size=4, num_epochs=2, expert_std=0.02, residual_weight=0.5)
     trainer = tiny_trainer(clip, rows, tmp_path, recipe, save_steps=3, max_steps=6)
@@ -122,93 +99,6 @@ def test_a_run_that_diverges_ends_and_keeps_its_last_finite_checkpoint(clip, row
     assert not (tmp_path / "config.json").exists()
 
 
-def test_a_finished_run_that_is_resumed_trains_no_further(clip, rows, tmp_path):
-    recipe = get_recipe("paper", num_epochs=1)
-    outputs = []
-    for resume in (False, True):
-        model, processor = start_model(clip, recipe)
-        args = training_arguments(tmp_path / "run", recipe, max_steps=3, save_steps=3, dataloader_num_workers=0)
-        train(model, processor, rows, recipe, args, resume=resume)
-        outputs.append(load_file(tmp_path / "run" / "model.safetensors"))
-    assert all(torch.equal(outputs[0][name], outputs[1][name]) for name in outputs[0])
-    assert (tmp_path / "run" / "training_curves.png").exists()
-    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3"]
-
-
-def test_frozen_projections_come_from_the_checkpoint_not_from_the_seed(clip, rows, tmp_path):
-    first = tiny_trainer(clip, rows, tmp_path, save_steps=2, max_steps=2)
-    first.train()
-    second = tiny_trainer(clip, rows, tmp_path / "second")
-    second.moeclip.moe_layers[0].lora_A.neg_()
-    second._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
-    assert torch.equal(second.moeclip.moe_layers[0].lora_A, first.moeclip.moe_layers[0].lora_A)
-
-
-def test_save_that_fails_leaves_no_checkpoint_and_the_last_one_stays(clip, rows, tmp_path, monkeypatch):
-    trainer = tiny_trainer(clip, rows, tmp_path, save_steps=2, max_steps=4)
-    save_state = trainer._save_rng_state
-
-    def fail_at_four(folder):
-        if trainer.state.global_step == 4:
-            raise OSError("no space left")
-        save_state(folder)
-
-    monkeypatch.setattr(trainer, "_save_rng_state", fail_at_four)
-    with pytest.raises(MoECLIPError, match=r"step 4 cannot be saved \(no space left\)"):
-        trainer.train()
-    assert [path.name for path in tmp_path.iterdir() if path.name != "runs"] == ["checkpoint-2"]
-
-
-def test_checkpoint_of_another_recipe_is_refused_with_both_values(clip, rows, tmp_path):
-    tiny_trainer(clip, rows, tmp_path, save_steps=2, max_steps=2).train()
-    other = tiny_trainer(clip, rows, tmp_path, get_recipe("paper", batch_size=4, learning_rate=0.1))
-    with pytest.raises(CheckpointError, match=r"learning_rate 0.0005, not 0.1"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    with pytest.raises(CheckpointError, match="seed 0, not 3"):
-        tiny_trainer(clip, rows, tmp_path, seed=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    with pytest.raises(CheckpointError, match="precision no, not bf16"):
-        tiny_trainer(clip, rows, tmp_path, bf16=True).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    (tmp_path / "checkpoint-2" / "trained.safetensors").write_bytes(b"torn")
-    with pytest.raises(CheckpointError, match="cannot be resumed from"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"moe_layers": [0, 2, 4, 6]}, r"moe_layers \[1, 3, 5, 7\], not \[0, 2, 4, 6\]"),
-        ({"num_experts": 2}, "num_experts 4, not 2"),
-        ({"image_size": 24}, "image_size {'height': 20, 'width': 20}, not {'height': 24, 'width': 24}"),
-        ("clip", "clip digest [0-9a-f]{12}, not digest"),
-    ],
-)
-def test_checkpoint_of_another_model_is_refused_with_both_values(clip, rows, tmp_path, change, told):
-    recipe = get_recipe("paper", batch_size=4)
-
-    def run(resume: bool, max_steps: int, **settings) -> None:
-        model, processor = start_model(clip, recipe, **settings)
-        if resume and change == "clip":
-            with torch.no_grad():
-                model.visual_projection.weight[0, 0] += 1
-        args = training_arguments(tmp_path, recipe, max_steps=max_steps, save_steps=1, dataloader_num_workers=0)
-        train(model, processor, rows, recipe, args, resume=resume)
-
-    run(False, 1, image_size=20)
-    settings = {"image_size": 20} | (change if isinstance(change, dict) else {})
-    with pytest.raises(CheckpointError, match=told):
-        run(True, 2, **settings)
-
-
-def test_run_of_accumulated_batches_is_done_at_the_trainers_last_step(clip, rows, tmp_path):
-    """24 images in batches of 4, 4 batches a step: 2 steps an epoch, the second of 2 batches."""
-    recipe = get_recipe("paper", batch_size=4, num_epochs=2)
-    settings = {"save_steps": 1, "save_total_limit": None, "gradient_accumulation_steps": 4}
-    trainer = tiny_trainer(clip, rows, tmp_path, recipe, **settings)
-    trainer.train()
-    assert trainer.state.global_step == 4
-    assert [trainer.is_done(str(tmp_path / f"checkpoint-{step}")) for step in (2, 3, 4)] == [False, False, True]
-
-
 def test_run_ends_in_a_complete_checkpoint_with_recipe_and_curves(clip, rows, tmp_path):
     recipe = get_recipe("paper", batch_size=4, num_epochs=1)
     model, processor = start_model(clip, recipe)
@@ -226,21 +116,6 @@ def test_run_ends_in_a_complete_checkpoint_with_recipe_and_curves(clip, rows, tm
     assert not (folder / ".staging").exists()
     with pytest.raises(MoECLIPError, match="holds checkpoints of another run"):
         train(model, processor, rows, recipe, args)
-
-
-def test_where_clip_and_data_lie_is_recorded_and_may_change_when_a_run_is_resumed(clip, rows, tmp_path):
-    recipe = get_recipe("paper", batch_size=4)
-    recorded = []
-    for max_steps, base, dataset in ((1, str(clip), None), (2, "openai/clip", "ann/parts")):
-        model, processor = start_model(clip, recipe)
-        model.name_or_path = base
-        args = training_arguments(tmp_path, recipe, max_steps=max_steps, save_steps=1, dataloader_num_workers=0)
-        train(model, processor, rows, recipe, args, resume=True, dataset=dataset)
-        recorded.append(json.loads((tmp_path / "recipe.json").read_text()))
-    assert [one["base_model"] for one in recorded] == [clip.name, "openai/clip"]
-    assert [one["selection"] for one in recorded] == ["the last of 1 steps", "the last of 2 steps"]
-    assert [one["num_epochs"] for one in recorded] == [round(1 / 6, 4), round(2 / 6, 4)]
-    assert [one["datasets"] for one in recorded] == [[rows[0]["dataset"]], ["ann/parts"]]
 
 
 def test_logs_tell_terms_speed_and_what_the_experts_do(clip, rows, tmp_path):

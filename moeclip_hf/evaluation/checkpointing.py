@@ -6,6 +6,7 @@ import io
 import json
 import os
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -87,13 +88,17 @@ def _refuse_other_settings(recorded: Path, settings: dict[str, Any], folder: Pat
         found = dict(json.loads(recorded.read_text()))
     except (ValueError, TypeError) as error:
         raise MoECLIPError(f"{recorded}: is damaged: delete {folder}, and all is scored again") from error
-    other = [name for name in settings if found.get(name) != settings[name]]
-    if other:
-        difference = ", ".join(f"{name} {found.get(name)}, not {settings[name]}" for name in other)
+    if difference := list_differences(found, settings):
         raise MoECLIPError(
             f"{folder}: holds an unfinished evaluation of other settings ({difference}): go on with those, write "
             f"elsewhere, or delete that folder"
         )
+
+
+def list_differences(found: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Settings that were found to be others, with both values, in words; empty if there are none."""
+    other = (name for name in settings if found.get(name) != settings[name])
+    return ", ".join(f"{name} {found.get(name)}, not {settings[name]}" for name in other)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,17 +15,16 @@ from torch import distributed
 from moeclip_hf._version import __version__
 from moeclip_hf.data.records import digest_rows
 from moeclip_hf.errors import DatasetError, MoECLIPError
-from moeclip_hf.evaluation.checkpointing import ScoredBatches
+from moeclip_hf.evaluation.checkpointing import ScoredBatches, list_differences
 from moeclip_hf.evaluation.results import EvaluationResult, GroupResult
 from moeclip_hf.evaluation.scoring import Batch, ScoredBatch, Size, plan_batches, score_batches
 from moeclip_hf.evaluation.tally import Tally
+from moeclip_hf.pretrained import Pretrained, describe_computation, load_pretrained
 from moeclip_hf.processes import process_rank
 from moeclip_hf.stored_weights import digest_weights
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from moeclip_hf.pretrained import Pretrained
 
 _DEFAULT_BATCH_SIZE = 8
 
@@ -77,7 +76,7 @@ def evaluate(
         "batch_size": batch_size,
         "dtype": str(pretrained.model.dtype).removeprefix("torch."),
         "device": pretrained.model.device.type,
-        "weights": weights_digest(pretrained),
+        **describe_model(pretrained),
         "images": digest_rows(rows, with_times=True),
         "moeclip-hf": __version__,
         "torch": torch.__version__,
@@ -146,9 +145,30 @@ def _all_gather(item: Item) -> list[Item]:
     return items
 
 
-def weights_digest(pretrained: Pretrained) -> str:
-    """Tells checkpoints apart, as they are computed with: a digest of all weights."""
-    return digest_weights(pretrained.model.state_dict())
+def describe_model(pretrained: Pretrained) -> dict[str, Any]:
+    """Tells checkpoints apart, as they are computed with: a digest of all weights, and settings."""
+    digest = digest_weights(pretrained.model.state_dict())
+    return {"weights": digest, **describe_computation(pretrained.model, pretrained.processor)}
+
+
+def find_differences(folder: Path, document: Mapping[str, Any]) -> str:
+    """
+    What of a checkpoint is not as it was when it was evaluated.
+
+    Args:
+        folder: of the checkpoint.
+        document: the `results.json` of an evaluation, read.
+
+    Returns:
+        The settings that differ with both values, in words; empty if the figures are of this checkpoint.
+    """
+    evaluated = [result["settings"] for result in document["datasets"]]
+    there = {
+        dtype: describe_model(load_pretrained(folder, device="cpu", dtype=dtype))
+        for dtype in {settings["dtype"] for settings in evaluated}
+    }
+    differences = (list_differences(settings, there[settings["dtype"]]) for settings in evaluated)
+    return next(filter(None, differences), "")
 
 
 def provenance(pretrained: Pretrained) -> dict[str, Any]:

@@ -34,24 +34,28 @@ class Draw(NamedTuple):
 
 class EpochSampler(Sampler[Draw]):
     """
-    Every row once an epoch, in an order that follows from seed and epoch.
+    Every row once an epoch, in an order that follows from seed and epoch; but for the last ones of the order, which
+    would make an incomplete step. So an epoch has as many steps however a step is split.
 
     Args:
         num_rows (`int`)
         seed (`int`)
+        step_size (`int`): rows of one step of all processes, accumulated batches together.
     """
 
-    def __init__(self, num_rows: int, seed: int):
+    def __init__(self, num_rows: int, seed: int, step_size: int = 1):
         self.num_rows = num_rows
         self.seed = seed
+        self.steps_per_epoch = num_rows // step_size
         self.epoch = 0
+        self._length = self.steps_per_epoch * step_size
 
     def __len__(self) -> int:
-        return self.num_rows
+        return self._length
 
     def __iter__(self) -> Iterator[Draw]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
-        for row in torch.randperm(self.num_rows, generator=generator).tolist():
+        for row in torch.randperm(self.num_rows, generator=generator)[: self._length].tolist():
             yield Draw(self.epoch, row)
 
 

@@ -29,7 +29,7 @@ from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 from moeclip_hf.modeling.moe_lora import load_variation
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor
-from moeclip_hf.pretrained import is_hub_id
+from moeclip_hf.pretrained import describe_computation, is_hub_id
 from moeclip_hf.stored_weights import MOECLIP_PARTS, digest_weights, is_finite
 from moeclip_hf.training.monitor import TrainingMonitor
 from moeclip_hf.training.recipes import Recipe, describe_recipe
@@ -89,7 +89,7 @@ class MoECLIPTrainer(Trainer):
         }
         # Not the trainer's own `processing_class`, whose special tokens it would write into the model's configuration.
         self.processor = processor
-        self.sampler = EpochSampler(len(samples), args.seed)
+        self.sampler = EpochSampler(len(samples), args.seed, step_size)
         self.moeclip = model.freeze_backbone()
         self.output_dir = Path(str(args.output_dir))
         self.own_weights = own_weights(model)
@@ -379,9 +379,7 @@ class MoECLIPTrainer(Trainer):
         """Whether a checkpoint was saved at this run's last step; the trainer would take one more."""
         steps = self.args.max_steps
         if steps <= 0:
-            batches = len(self.get_train_dataloader())
-            steps_per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
-            steps = math.ceil(self.args.num_train_epochs * steps_per_epoch)
+            steps = math.ceil(self.args.num_train_epochs * self.sampler.steps_per_epoch)
         return _saved_state(checkpoint).global_step >= steps
 
     def take_up(self, checkpoint: str) -> None:
@@ -437,12 +435,14 @@ def describe_model(model: MoECLIPModel, processor: MoECLIPProcessor) -> dict[str
     """What stays as it is when a run is resumed: the settings of MoECLIP's parts, the input's size, and the CLIP."""
     clip = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(MOECLIP_PARTS)}
     settings = {name: getattr(model.config, name) for name in MoECLIPConfig.__annotations__}
-    return settings | {
-        "image_size": dict(processor.image_processor.size),
-        "image_mean": list(processor.image_processor.image_mean),
-        "image_std": list(processor.image_processor.image_std),
-        "clip": f"digest {digest_weights(clip)[:12]}",
-    }
+    return (
+        describe_computation(model, processor)
+        | settings
+        | {
+            "image_size": dict(processor.image_processor.size),
+            "clip": f"digest {digest_weights(clip)[:12]}",
+        }
+    )
 
 
 def global_balance_loss(router_logits: torch.Tensor) -> torch.Tensor:
