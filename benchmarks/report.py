@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -113,7 +113,7 @@ def origin() -> dict[str, Any]:
     module = f"benchmarks.{Path(sys.argv[0]).stem}"
     return {
         "command": shlex.join(["python", "-m", module, *words]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "machine": f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }

@@ -130,7 +130,10 @@ def export_released(model: MoECLIPModel) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def settings_beside_adapter(config: MoECLIPConfig) -> dict[str, Any]:
-    """The settings that a released adapter's shapes do not tell, and that its user must know."""
+    """
+    The settings that a released adapter's shapes do not tell, and that its user must know, as [`convert_released`]
+    takes them. The activation of both towers is among them, as the released code runs any CLIP with exact GELU.
+    """
     names = (
         "moe_layers",
         "feature_layers",
@@ -140,7 +143,8 @@ def settings_beside_adapter(config: MoECLIPConfig) -> dict[str, Any]:
         "aggregation_sizes",
         "image_feature_layer",
     )
-    return {name: getattr(config, name) for name in names}
+    towers = {tower: {"hidden_act": getattr(config, tower).hidden_act} for tower in ("text_config", "vision_config")}
+    return {name: getattr(config, name) for name in names} | towers
 
 
 def _read_adapter(adapter: str | Path | Adapter, source: str) -> dict[str, torch.Tensor]:

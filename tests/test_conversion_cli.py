@@ -124,9 +124,33 @@ def test_export_gives_back_the_adapter(moeclip, files, tmp_path):
     )
     assert status == 0
     assert "lora alpha" in output
+    assert "activation           gelu\nimage size           12, 12\n" in output
     exported = torch.load(tmp_path / "new" / "moe.pth", weights_only=True)
     assert exported.keys() == random_adapter().keys()
     assert_same_adapter(exported, random_adapter())
+
+
+def test_export_says_where_the_released_code_would_run_another_activation(moeclip, files, tmp_path):
+    status, output, _ = moeclip(*released(files, tmp_path / "out", "--activation", "quick_gelu"))
+    assert (status, "as the released code" in output) == (0, False)
+    config = MoECLIPModel.from_pretrained(tmp_path / "out").config
+    assert config.vision_config.hidden_act == config.text_config.hidden_act == "quick_gelu"
+    _, output, _ = moeclip("convert", "export", "--model", tmp_path / "out", "--output", tmp_path / "moe.pth")
+    assert "quick_gelu, where the released code runs gelu" in output
+
+
+def test_an_adapter_without_experts_is_converted_with_the_option_that_the_error_names(moeclip, files, tmp_path):
+    adapter = random_adapter()
+    for part in list(adapter["image_adapter"]):
+        if part.startswith("moe_adapters."):
+            del adapter["image_adapter"][part]
+    torch.save(adapter, tmp_path / "bare.pth")
+    arguments = released(files, tmp_path / "out")
+    arguments[arguments.index("--adapter") + 1] = tmp_path / "bare.pth"
+    status, _, errors = moeclip(*arguments)
+    assert (status, "--moe-layers" in errors) == (1, True)
+    assert moeclip(*arguments, "--moe-layers", "")[0] == 0
+    assert MoECLIPModel.from_pretrained(tmp_path / "out").config.moe_layers == []
 
 
 def test_openai_writes_a_clip_folder(moeclip, files, tmp_path):

@@ -196,7 +196,21 @@ def test_the_settings_that_the_format_has_no_place_for_are_told(clip):
         "aggregation_sizes": [1, 5],
         "image_feature_layer": 5,
     }
-    assert settings_beside_adapter(convert_released(random_adapter(), clip, **settings).config) == settings
+    exact_gelu = {"text_config": {"hidden_act": "gelu"}, "vision_config": {"hidden_act": "gelu"}}
+    told = settings_beside_adapter(convert_released(random_adapter(), clip, **settings).config)
+    assert told == settings | exact_gelu
+
+
+def test_a_model_goes_there_and_back_with_the_settings_that_are_told(clip):
+    quick = {"text_config": {"hidden_act": "quick_gelu"}, "vision_config": {"hidden_act": "quick_gelu"}}
+    model = convert_released(random_adapter(), clip, lora_alpha=4, residual_weight=0.5, **quick)
+    back = convert_released(export_released(model), clip, **settings_beside_adapter(model.config))
+    assert back.config.to_dict() == model.config.to_dict()
+    pixels = torch.rand(2, 3, 12, 12)
+    with torch.inference_mode():
+        embeds = torch.randn(1, 2, model.config.projection_dim)
+        outputs = [one(pixels, text_embeds=embeds).anomaly_logits for one in (model, back)]
+    assert torch.equal(*outputs)
 
 
 # What does not fit

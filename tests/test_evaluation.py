@@ -301,6 +301,25 @@ def test_other_settings_of_the_model_do_not_go_on_with_these_scores(pretrained, 
         evaluate(load_pretrained(tmp_path / "model", "cpu"), rows, image_size=EDGE, resume_dir=tmp_path / "unfinished")
 
 
+def test_the_results_of_an_earlier_evaluation_are_kept(tmp_path):
+    for name in ("parts", "scans"):
+        write_folder(tmp_path / name)
+    out = tmp_path / "out"
+    assert run("--data-dir", tmp_path / "parts", "--output-dir", out).exit_code == 0
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "notes.txt").write_text("mine")
+    done = run("--data-dir", tmp_path / "scans", "--output-dir", out, "--no-pictures")
+    assert done.exit_code == 0
+    (kept,) = (path for path in out.iterdir() if path.is_dir())
+    assert done.stderr == f"The results that were in {out} are kept in {kept}.\n"
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == written
+    assert {path.name for path in out.iterdir()} == {
+        *("results.json", "results.csv", "results.md"),
+        *(kept.name, "notes.txt"),
+    }
+    assert [one["dataset"] for one in json.loads((out / "results.json").read_text())["datasets"]] == ["scans"]
+
+
 def test_people_get_tables_reports_and_pictures(tmp_path):
     write_folder(tmp_path / "parts", normal=3, anomalous=3)
     result = run("--data-dir", tmp_path / "parts", "--output-dir", tmp_path / "out")

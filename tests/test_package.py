@@ -77,6 +77,15 @@ def test_importing_the_package_and_asking_for_help_load_nothing_heavy():
     assert run(sys.executable, "-c", code).strip().endswith("[]")
 
 
+def test_packages_that_are_registered_with_keep_their_files():
+    code = (
+        "import moeclip_hf, importlib.resources, pkgutil\n"
+        "print(b'class Pipeline' in pkgutil.get_data('transformers.pipelines', 'base.py'))\n"
+        "print(importlib.resources.files('peft').joinpath('py.typed').is_file(), pkgutil.get_data('peft', 'py.typed'))"
+    )
+    assert run(sys.executable, "-c", code).split() == ["True", "True", "b''"]
+
+
 def test_wrong_usage_is_told_before_anything_heavy_is_loaded(tmp_path):
     (tmp_path / "file").touch()
     code = (

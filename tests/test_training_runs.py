@@ -350,6 +350,13 @@ def test_a_model_cannot_be_saved_where_a_file_is(clip, rows, tmp_path):
     assert (tmp_path / "file").read_text() == "kept"
 
 
+def test_new_experts_that_no_tap_would_see_are_refused(clip):
+    told = r"moe_layers \[5, 7\] \(from 0\) lie behind the last tap, 4 \(from 1\).*--moe-layers 1,3\)"
+    with pytest.raises(CheckpointError, match=told):
+        start_model(clip, get_recipe("paper"), feature_layers=[2, 4])
+    start_model(clip, get_recipe("paper"), feature_layers=[2, 4], moe_layers=[1, 3])
+
+
 def test_source_that_is_no_checkpoint_is_named(tmp_path: Path):
     with pytest.raises(CheckpointError, match="cannot be loaded to train on"):
         start_model(tmp_path / "nothing", get_recipe("paper"))

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -33,7 +33,7 @@ _MOECLIP_SETTINGS = (
 
 def _whole_numbers(text: str) -> list[int]:
     try:
-        return [int(number) for number in text.split(",")]
+        return [int(number) for number in text.split(",") if number.strip()]
     except ValueError:
         raise typer.BadParameter(f"{text!r} is no list of whole numbers such as 6,12,18,24.") from None
 
@@ -55,6 +55,10 @@ VisionHeads = Annotated[
 ]
 TextHeads = Annotated[
     int | None, typer.Option(min=1, help="Attention heads.", show_default="width / 64, or the CLIP's")
+]
+Activation = Annotated[
+    Literal["gelu", "quick_gelu"],
+    typer.Option(help="Of both towers: gelu as the released code runs it, or quick_gelu as OpenAI's CLIPs were made."),
 ]
 Revision = Annotated[str | None, typer.Option(help="Of a CLIP on the Hub.", show_default="main")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -100,13 +104,15 @@ def released(
     ] = None,
     vision_heads: VisionHeads = None,
     text_heads: TextHeads = None,
+    activation: Activation = "gelu",
     dtype: StoredDtype = Dtype.float32,
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Join a released adapter with its CLIP to a complete checkpoint folder with its processor.
 
-    What the shapes tell is inferred. The activation is set to exact GELU, as the released code trains with it.
+    What the shapes tell is inferred. The activation is exact GELU, as the released code trains with it, unless told
+    otherwise.
     """
     _check_folder(output)
     clip = _fetch_revision(clip, revision)
@@ -116,6 +122,7 @@ def released(
     from transformers.utils import logging
 
     from moeclip_hf.conversion import convert_released, load_tokenizer, save_moeclip
+    from moeclip_hf.conversion.assembly import merge_settings
 
     logging.disable_progress_bar()
 
@@ -129,7 +136,8 @@ def released(
         "image_feature_layer": image_feature_layer,
     }
     settings = {name: value for name, value in given.items() if value is not None}
-    model = convert_released(adapter, clip, **settings, **_heads(vision_heads, text_heads))
+    towers = {tower: {"hidden_act": activation} for tower in ("text_config", "vision_config")}
+    model = convert_released(adapter, clip, **settings, **merge_settings(towers, _heads(vision_heads, text_heads)))
     save_moeclip(
         model,
         load_tokenizer(tokenizer, model.config.text_config),
@@ -137,7 +145,7 @@ def released(
         image_size=image_size,
         dtype=getattr(torch, dtype.value),
     )
-    reasons = {"activation": "as the released code trains with it"}
+    reasons = {"activation": "as the released code trains with it"} if activation == "gelu" else {}
     if image_feature_layer is None and model.config.image_feature_layer != model.config.feature_layers[-1]:
         reasons["image_feature_layer"] = "the third last tap, which the released code takes without PAA"
     _report({**_describe_moeclip(model.config), "output": output}, reasons, as_json)
@@ -198,12 +206,17 @@ def export(
 
     logging.disable_progress_bar()
 
-    loaded = load_pretrained(model, device="cpu", dtype=torch.float32, revision=revision).model
+    loaded, processor = load_pretrained(model, device="cpu", dtype=torch.float32, revision=revision)
     output.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"epoch": 0, "optimizer_state_dict": {}, **export_released(loaded)}, output)
     if not as_json:
         typer.echo("Not in the file, and to be set by hand where it is used:")
-    _report({**settings_beside_adapter(loaded.config), "output": output}, {}, as_json)
+    facts = settings_beside_adapter(loaded.config)
+    activations = {facts.pop(tower)["hidden_act"] for tower in ("text_config", "vision_config")}
+    facts["activation"] = ", ".join(sorted(activations))
+    facts["image_size"] = list(processor.image_processor.size.values())
+    other = "where the released code runs gelu, so that its scores are others"
+    _report({**facts, "output": output}, {"activation": other} if activations != {"gelu"} else {}, as_json)
 
 
 def _fetch_revision(clip: str, revision: str | None) -> str:

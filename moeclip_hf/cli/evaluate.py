@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _UNFINISHED = ".unfinished"
 
 
-class DomainName(str, Enum):
+class DomainName(StrEnum):
     """How strongly maps are smoothed, and how an image's score is made."""
 
     industrial = "industrial"
@@ -80,6 +80,7 @@ def evaluate(
     from moeclip_hf.evaluation import write_reports
     from moeclip_hf.evaluation.pictures import require_matplotlib, write_pictures
     from moeclip_hf.evaluation.protocol import provenance
+    from moeclip_hf.evaluation.results import set_aside
     from moeclip_hf.pretrained import load_pretrained
     from moeclip_hf.processes import join_processes, leave_processes
 
@@ -89,6 +90,9 @@ def evaluate(
         require_matplotlib()
     data_sets = _read_data_sets(dataset, data_dir, classes, class_name, domain.value)
     pretrained = load_pretrained(model, device, dtype.value if dtype else None, revision)
+    # Beside unfinished batches stand the results of the run that was interrupted.
+    if is_main and not (output_dir / _UNFINISHED).exists() and (kept := set_aside(output_dir)):
+        typer.echo(f"The results that were in {output_dir} are kept in {kept}.", err=True)
     results = []
     for name, rows in data_sets.items():
         with progress_bar(name, quiet=as_json or not is_main) as progress:

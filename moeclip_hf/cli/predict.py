@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,21 +32,21 @@ _THRESHOLDS_IN_TILES = (
 )
 
 
-class MapFormat(str, Enum):
+class MapFormat(StrEnum):
     """How raw maps are written: 16-bit grey PNG (0 to 65535 for 0 to 1) or NumPy's float32."""
 
     png = "png"
     npy = "npy"
 
 
-class Backend(str, Enum):
+class Backend(StrEnum):
     """What computes maps and scores: torch's model, or onnxruntime an exported graph."""
 
     torch = "torch"
     onnx = "onnx"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """Types that a model can compute in."""
 
     float32 = "float32"

@@ -5,7 +5,7 @@ import os
 import sys
 from contextlib import redirect_stdout
 from dataclasses import fields
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ _MODEL_SETTINGS = frozenset({
 _LISTS = ("halve_at", "moe_layers", "feature_layers", "aggregation_sizes")
 
 
-class RecipeName(str, Enum):
+class RecipeName(StrEnum):
     """Recipes by name."""
 
     paper = "paper"
@@ -26,7 +26,7 @@ class RecipeName(str, Enum):
     released = "released"
 
 
-class Precision(str, Enum):
+class Precision(StrEnum):
     """Types that the forward pass computes in; weights and norms stay in float32."""
 
     no = "no"
@@ -34,7 +34,7 @@ class Precision(str, Enum):
     fp16 = "fp16"
 
 
-class Tracker(str, Enum):
+class Tracker(StrEnum):
     """Where curves are sent while a run goes on."""
 
     none = "none"

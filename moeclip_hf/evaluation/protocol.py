@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -173,7 +174,6 @@ def find_differences(folder: Path, document: Mapping[str, Any]) -> str:
 
 def provenance(pretrained: Pretrained) -> dict[str, Any]:
     """The model with its revision, the versions of what computed, and the date: what a result belongs to."""
-    from datetime import datetime, timezone
     from importlib.metadata import version
 
     config = pretrained.model.config
@@ -181,7 +181,7 @@ def provenance(pretrained: Pretrained) -> dict[str, Any]:
     return {
         "model": {"name": config.name_or_path, "revision": getattr(config, "_commit_hash", None)},
         "versions": {name: version(name) for name in packages},
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

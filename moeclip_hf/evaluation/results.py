@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,6 +227,25 @@ def caveats(result: EvaluationResult) -> list[str]:
             f"{result.normal}/{result.anomalous}: they do not compare."
         )
     return notes
+
+
+def set_aside(output_dir: Path) -> Path | None:
+    """
+    Move what an earlier evaluation wrote to a folder's subfolder, named after the time, before its place is taken.
+
+    Returns:
+        The subfolder, if there was anything.
+    """
+    document = output_dir / "results.json"
+    if not document.exists():
+        return None
+    written = datetime.fromtimestamp(document.stat().st_mtime)
+    kept = output_dir / written.strftime("%Y-%m-%d-%H%M%S")
+    kept.mkdir(exist_ok=True)
+    for pattern in ("results.csv", "results.md", "*_curves.png", "*_images.png", "results.json"):
+        for path in output_dir.glob(pattern):
+            os.replace(path, kept / path.name)
+    return kept
 
 
 def write_reports(results: Sequence[EvaluationResult], provenance: Mapping[str, Any], output_dir: Path) -> None:

@@ -71,8 +71,9 @@ def start_model(
         the model in float32 and its processor.
 
     Raises:
-        CheckpointError: it cannot be loaded; it lacks weights, of a plain CLIP or with `fresh` those of the CLIP; or
-            it is to go on with other blocks, taps, experts or projections than its parts were trained for.
+        CheckpointError: it cannot be loaded; it lacks weights, of a plain CLIP or with `fresh` those of the CLIP; it
+            is to go on with other blocks, taps, experts or projections than its parts were trained for; or new experts
+            would lie behind the last tap.
     """
     source = str(EMBEDDED_CHECKPOINT) if clip == "embedded" else str(clip)
     set_seed(seed)
@@ -82,6 +83,8 @@ def start_model(
         goes_on = not fresh and _is_moeclip(folder)
         if goes_on:
             _refuse_other_parts(MoECLIPConfig.from_pretrained(folder), settings)
+        else:
+            _refuse_idle_experts(settings)
         check_weights(source, read_headers(folder), MoECLIPModel, settings, () if goes_on else MOECLIP_PARTS)
         loaded: Any = MoECLIPModel.from_pretrained(
             folder,
@@ -126,6 +129,18 @@ def _refuse_other_parts(stored: MoECLIPConfig, wanted: MoECLIPConfig) -> None:
         listed = "; ".join(f"{name} {getattr(stored, name)}, not {getattr(wanted, name)}" for name in other)
         raise CheckpointError(
             f"its parts were trained with {listed}: leave that as it is, or draw new parts (--fresh)"
+        )
+
+
+def _refuse_idle_experts(wanted: MoECLIPConfig) -> None:
+    """Refuse experts that would be trained on the terms of their own alone, as no tap comes after them."""
+    last = (wanted.feature_layers or [0])[-1]
+    idle = [block for block in wanted.moe_layers or () if block >= last]
+    if idle:
+        rest = ",".join(str(block) for block in wanted.moe_layers or () if block < last)
+        raise CheckpointError(
+            f"experts of moe_layers {idle} (from 0) lie behind the last tap, {last} (from 1), and would change no "
+            f"score: leave them out (--moe-layers {rest})"
         )
 
 
