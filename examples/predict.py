@@ -13,6 +13,7 @@ import moeclip_hf  # noqa: F401  (registers MoECLIP with the Auto classes)
 from moeclip_hf.modeling.image_processing_moeclip import to_rgb
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT
 from moeclip_hf.visualization import draw_overlay
+from moeclip_hf.writing import save_picture
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
     result = processor.post_process_anomaly_detection(outputs, target_sizes=[(image.height, image.width)])[0]
 
     overlay = args.image.with_name(f"{args.image.stem}_overlay.png")
-    draw_overlay(image, result["map"].numpy(), result["regions"], processor.pixel_threshold).save(overlay)
+    save_picture(draw_overlay(image, result["map"].numpy(), result["regions"], processor.pixel_threshold), overlay)
     verdict = "anomalous" if result["is_anomalous"] else "normal"
     print(f"score {result['score']:.4f}, {verdict}, {len(result['regions'])} regions; see {overlay}")
 

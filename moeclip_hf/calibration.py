@@ -6,6 +6,7 @@ import fnmatch
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -19,18 +20,21 @@ from numpy.typing import ArrayLike, NDArray
 from moeclip_hf.data import LABELS, Record, read_mask
 from moeclip_hf.data.records import to_dataset
 from moeclip_hf.errors import CheckpointError, MoECLIPError, UnreadableImageError
-from moeclip_hf.evaluation.checkpointing import write_whole
 from moeclip_hf.histogram import ScoreHistogram
+from moeclip_hf.model_card import renew_thresholds
 from moeclip_hf.modeling.processing_moeclip import patch_maps, upsample
 from moeclip_hf.pretrained import PUBLISHED_FILES, Pretrained
 from moeclip_hf.reading import leave_undecoded, read_row
 from moeclip_hf.threads import read_ahead
+from moeclip_hf.writing import write_whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _PROCESSOR_FILE = "processor_config.json"
+_CARD = "README.md"
 _COPIED = (*PUBLISHED_FILES, "*.py")
+_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -211,7 +215,7 @@ def score_for_calibration(
         progress: told the number of images scored so far, and their total.
 
     Raises:
-        UnreadableImageError: naming the first image that cannot be read.
+        UnreadableImageError: naming the images that cannot be read, after all are scored.
         MoECLIPError: where the model gives NaN.
     """
     model, processor = pretrained
@@ -222,20 +226,27 @@ def score_for_calibration(
 
     stored = leave_undecoded(rows)
 
-    def read(index: int) -> _Sample:
-        row = read_row(stored, index)
+    def read(index: int) -> _Sample | UnreadableImageError:
+        try:
+            row = read_row(stored, index)
+        except UnreadableImageError as error:
+            return error
         image = row["image"]
         try:
             pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
         except ValueError as error:  # a strip whose aspect ratio is to be kept
-            raise UnreadableImageError(f"{row['image_path']}: {error}") from error
+            return UnreadableImageError(f"{row['image_path']}: {error}")
         mask = read_mask(row) if with_pixels else None
         return _Sample(row["label"], row["prompt_name"], pixel_values, (image.height, image.width), mask)
 
     batch: list[_Sample] = []
+    unreadable: list[str] = []
     for done, sample in enumerate(read_ahead(read, range(len(rows)), depth=2 * batch_size), start=1):
-        batch.append(sample)
-        if len(batch) < batch_size and done < len(rows):
+        if isinstance(sample, UnreadableImageError):
+            unreadable.append(str(sample))
+        else:
+            batch.append(sample)
+        if not batch or (len(batch) < batch_size and done < len(rows)):
             continue
         samples, batch = batch, []
         with torch.inference_mode():
@@ -254,12 +265,16 @@ def score_for_calibration(
             _collect_pixels(scored, pretrained, outputs, samples)
         if progress is not None:
             progress(done, len(rows))
+    if unreadable:
+        more = f" And {len(unreadable) - _NAMED} others." if len(unreadable) > _NAMED else ""
+        raise UnreadableImageError(f"{' '.join(unreadable[:_NAMED])}{more}")
     return scored
 
 
 def store_thresholds(folder: Path, thresholds: Thresholds) -> None:
     """
-    Write thresholds into a checkpoint folder's processor, whole or not at all; nothing else of it changes.
+    Write thresholds into a checkpoint folder's processor, whole or not at all, and into its card where that tells
+    them; nothing else of it changes.
 
     Raises:
         CheckpointError: if the folder holds no processor.
@@ -274,27 +289,68 @@ def store_thresholds(folder: Path, thresholds: Thresholds) -> None:
         ) from None
     settings |= {"image_threshold": thresholds.image, "pixel_threshold": thresholds.pixel}
     write_whole(path, (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
+    card = folder / _CARD
+    if card.is_file():
+        told = card.read_bytes().decode("utf-8", "surrogateescape")
+        renewed = renew_thresholds(told, thresholds.image, thresholds.pixel)
+        if renewed != told:
+            write_whole(card, renewed.encode("utf-8", "surrogateescape"))
 
 
-def copy_checkpoint(source: str | Path, output: Path, revision: str | None = None) -> None:
+def copy_checkpoint(
+    source: str | Path, output: Path, revision: str | None = None, thresholds: Thresholds | None = None
+) -> None:
     """
-    Copy what makes a checkpoint, with its card, from a folder or a Hub repository.
+    Copy what makes a checkpoint, with its card, from a folder or a Hub repository. The copy is there whole or not at
+    all.
 
     Pickles and folders stay behind, such as the checkpoints of a run that ended in the one that is copied. Code that a
     repository carries for those who have not this package is copied, and not run.
 
+    Args:
+        source: a folder, or a Hub id.
+        output: the new folder.
+        revision: of a Hub repository.
+        thresholds (*optional*): for the copy's processor.
+
     Raises:
         CheckpointError: if the output folder is not empty.
+        MoECLIPError: if it cannot be written, as on a full disk.
     """
     refuse_filled_folder(output)
     if not Path(source).is_dir():
         from huggingface_hub import snapshot_download
 
         source = snapshot_download(str(source), revision=revision, allow_patterns=list(_COPIED), ignore_patterns="*/*")
-    output.mkdir(parents=True, exist_ok=True)
-    for file in sorted(Path(source).iterdir()):
-        if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in _COPIED):
-            shutil.copy(file, output / file.name)
+    partial = output.absolute().with_name(f"{output.absolute().name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for file in sorted(Path(source).iterdir()):
+            if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in _COPIED):
+                shutil.copy(file, partial / file.name)
+        if thresholds is not None:
+            store_thresholds(partial, thresholds)
+        partial.replace(output)  # which may be there, empty
+    except OSError as error:
+        raise MoECLIPError(f"{output}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_writable(folder: Path) -> None:
+    """
+    Refuse a folder that nothing can be written to, whether it is there or is to be made.
+
+    Raises:
+        MoECLIPError: saying why.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise MoECLIPError(f"{folder}: cannot be written ({error.strerror or error}): name another folder") from error
 
 
 def refuse_filled_folder(output: Path) -> None:
@@ -333,6 +389,7 @@ __all__ = [
     "best_f1_threshold",
     "calibrate_from_labels",
     "calibrate_from_normal",
+    "check_writable",
     "conformal_rank",
     "conformal_threshold",
     "copy_checkpoint",

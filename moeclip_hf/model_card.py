@@ -7,6 +7,7 @@ outside of them, and is the user's own where it has none; only what a template l
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -356,16 +357,30 @@ def _results(document: dict[str, Any] | None) -> str:
     return "\n\n".join(notes)
 
 
+# What the next function writes.
+_THRESHOLDS_TOLD = re.compile(
+    r"The thresholds (are the default of 0\.5 and were not calibrated|"
+    r"\([\d.e-]+ for images, [\d.e-]+ for pixels\) hold for images like those that they were chosen on)"
+)
+
+
+def _describe_thresholds(image: float, pixel: float) -> str:
+    if image == pixel == 0.5:
+        return "The thresholds are the default of 0.5 and were not calibrated"
+    return (
+        f"The thresholds ({image:.4g} for images, {pixel:.4g} for pixels) hold for images like those that they were "
+        "chosen on"
+    )
+
+
+def renew_thresholds(card: str, image: float, pixel: float) -> str:
+    """A card in which [`describe_limits`] told other thresholds, with these."""
+    return _THRESHOLDS_TOLD.sub(_describe_thresholds(image, pixel), card)
+
+
 def describe_limits(processor: Mapping[str, Any]) -> str:
     """What a checkpoint must not be trusted with, as a list in Markdown, given what its processor's file says."""
-    image, pixel = (processor.get(name, 0.5) for name in ("image_threshold", "pixel_threshold"))
-    if image == pixel == 0.5:
-        thresholds = "The thresholds are the default of 0.5 and were not calibrated"
-    else:
-        thresholds = (
-            f"The thresholds ({image:.4g} for images, {pixel:.4g} for pixels) hold for images like those that they "
-            "were chosen on"
-        )
+    thresholds = _describe_thresholds(*(processor.get(name, 0.5) for name in ("image_threshold", "pixel_threshold")))
     return f"""- {thresholds}: set them with `moeclip calibrate` on a few dozen images of your own good parts.
 - What counts as damage is what the training data showed as damage. Logical faults (a missing part, a wrong order) and
   kinds of defect unlike any in training may go unseen.

@@ -21,11 +21,10 @@ from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor, find_region
 from moeclip_hf.pretrained import Detector
 from moeclip_hf.threads import read_ahead
 from moeclip_hf.tiling import Tiling, detect_in_tiles
+from moeclip_hf.writing import is_result
 
 # Of a batch of images, which with their maps take seven bytes a pixel; two more batches are being read meanwhile.
 _PIXELS_AT_ONCE = 1 << 25
-# What `moeclip predict` and `explain` add to an image's name.
-_RESULTS = ("_overlay.png", "_map.png", "_routing.png", "_attributions.png")
 
 
 @dataclass
@@ -81,31 +80,23 @@ class Detection:
         return upsample(self.grid.unsqueeze(0), size)[0]
 
 
-def find_images(
-    sources: Iterable[str | Path], exclude: Path | None = None, without_results: bool = False
-) -> list[Path]:
+def find_images(sources: Iterable[str | Path]) -> list[Path]:
     """
-    List image files.
+    List image files. Pictures that `moeclip predict` or `moeclip explain` wrote are left out, with a warning.
 
     Args:
         sources: files (taken whatever their suffix), folders (searched with all below them, but for linked
             folders) and glob patterns. A broken link is listed as well: whoever reads it is told.
-        exclude (*optional*): a folder that results are written to. It is passed over; where it is a folder to be
-            searched, or holds one, just the files named as results are.
-        without_results (`bool`): leave out, with a warning, what is named as a result of an image that is found too,
-            in whatever folder: `a_overlay.png`, `a_map.png`, `a_routing.png` and `a_attributions.png` beside `a.jpg`.
 
     Raises:
-        MoECLIPError: for a folder or a pattern without images, and for a folder that may not be searched.
+        MoECLIPError: for a folder or a pattern without images, for a folder that may not be searched, and if there is
+            nothing but what was left out.
     """
     found: dict[Path, None] = {}
     for source in map(str, sources):
         path = Path(source)
         if _is_folder(path):
             files = _images_below(path)
-            if exclude is not None:
-                results, searched = (Path(os.path.realpath(folder)) for folder in (exclude, path))
-                files = [file for file in files if not _is_result(file, results, searched)]
         elif glob.has_magic(source) and not Path(source).is_file():
             files = sorted(Path(file) for file in glob.glob(source, recursive=True) if not Path(file).is_dir())
         else:
@@ -113,22 +104,15 @@ def find_images(
         if not files:
             raise MoECLIPError(f"{source}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
         found.update(dict.fromkeys(files))
-    return _leave_out_results(list(found)) if without_results else list(found)
-
-
-def _leave_out_results(files: list[Path]) -> list[Path]:
-    """The files but for those that are named as results of others, which are told."""
-    images = {name for file in files for name in (file.stem, file.name)}
-    results = [
-        file
-        for file in files
-        if any(file.name.endswith(ending) and file.name.removesuffix(ending) in images for ending in _RESULTS)
-    ]
+    results = {file: None for file in found if is_result(file)}
     if results:
-        text = f"{len(results)} files are left out, named as results of other images: the first is {results[0]}"
-        warnings.warn(text, MoECLIPWarning, stacklevel=3)
-    left_out = set(results)
-    return [file for file in files if file not in left_out]
+        text = (
+            f"{len(results)} results of predict or explain are no images of parts: the first is {next(iter(results))}"
+        )
+        if len(results) == len(found):
+            raise MoECLIPError(f"{text}, and there are no others.")
+        warnings.warn(f"{text}. They are left out.", MoECLIPWarning, stacklevel=2)
+    return [file for file in found if file not in results]
 
 
 def _images_below(folder: Path) -> list[Path]:
@@ -148,13 +132,6 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError:  # a name that no file system takes; reading it says so
         return False
-
-
-def _is_result(file: Path, results: Path, searched: Path) -> bool:
-    folder = file.parent.resolve()
-    if results != folder and results not in folder.parents:
-        return False
-    return searched in results.parents or file.stem.endswith(("_overlay", "_map"))
 
 
 def read_image(path: Path) -> Image.Image:
@@ -183,8 +160,9 @@ def predict(
     """
     Score image files, one after the other and in order, while the next ones are being read and prepared.
 
-    A file that cannot be read, or scored, yields a prediction with its `error`; the rest goes on. What is held in
-    memory does not grow with the number of files, nor, beyond one image, with their size.
+    A file that cannot be read, or scored, or for which memory is too short, yields a prediction with its `error`; the
+    rest goes on. What is held in memory does not grow with the number of files, nor, beyond one image, with their
+    size.
 
     Args:
         detector ([`Detector`]): such as from [`load_pretrained`].
@@ -265,13 +243,15 @@ class _Read(NamedTuple):
 
 def _read(path: Path, processor: MoECLIPProcessor | None, size: dict[str, int] | None) -> _Read:
     """Read a file and, with a processor, prepare it; in a thread, where PIL and NumPy leave the others running."""
-    try:
-        prediction, pixels = Prediction(path, read_image(path)), None
-    except UnreadableImageError as error:
-        return _Read(Prediction(path, error=str(error)), None)
-    if processor is not None:
-        with _errors_told_by(prediction):
-            pixels = processor(images=prediction.image, size=size)["pixel_values"][0]
+    prediction, pixels = Prediction(path), None
+    with _errors_told_by(prediction):
+        try:
+            prediction.image = read_image(path)
+        except UnreadableImageError as error:
+            prediction.error = str(error)
+        else:
+            if processor is not None:
+                pixels = processor(images=prediction.image, size=size)["pixel_values"][0]
     return _Read(prediction, pixels)
 
 
@@ -288,9 +268,12 @@ def _detect(
         if read.pixels is not None:
             by_shape.setdefault(read.pixels.shape, []).append(read)
     for alike in by_shape.values():
-        pixel_values = torch.from_numpy(np.stack([read.pixels for read in alike if read.pixels is not None]))
-        grids, scores = detector.patch_maps(pixel_values, encoded_class)
+        with _errors_told_by(*(read.prediction for read in alike)):
+            pixel_values = torch.from_numpy(np.stack([read.pixels for read in alike if read.pixels is not None]))
+            grids, scores = detector.patch_maps(pixel_values, encoded_class)
         for place, (prediction, _) in enumerate(alike):
+            if prediction.error is not None:
+                continue
             assert prediction.image is not None  # since it was prepared
             own, sizes = slice(place, place + 1), [(prediction.image.height, prediction.image.width)]
             with _errors_told_by(prediction):
@@ -299,11 +282,19 @@ def _detect(
 
 
 @contextmanager
-def _errors_told_by(prediction: Prediction) -> Iterator[None]:
+def _errors_told_by(*predictions: Prediction) -> Iterator[None]:
+    """Have predictions say why they cannot be made: what does not fit the model, and what does not fit into memory."""
     try:
         yield
-    except ValueError as error:
-        prediction.error = f"{prediction.path}: {error}"
+    except (ValueError, MemoryError, RuntimeError) as error:
+        if isinstance(error, ValueError):
+            reason = str(error)
+        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+            reason = "memory is too short for it: lower --batch-size or --image-size, or cut it into tiles (--tile)"
+        else:
+            raise
+        for prediction in predictions:
+            prediction.error = f"{prediction.path}: {reason}"
 
 
 def _complete(prediction: Prediction, found: dict[str, Any]) -> None:

@@ -270,6 +270,10 @@ def is_adapter(folder: Path) -> bool:
 
 def _refuse_incomplete(source: str, names: set[str]) -> None:
     """Refuse a folder that lacks one of the files that every checkpoint has."""
+    if "model.onnx" in names and CONFIG not in names:
+        raise CheckpointError(
+            f"{source}: is an exported graph, which only scores: name the checkpoint it was made of."
+        )
     if CONFIG not in names and ADAPTER_CONFIG not in names:
         wanted = f"{CONFIG} or {ADAPTER_CONFIG}"
     elif CONFIG in names and not any(name.endswith(".safetensors") for name in names):
@@ -389,7 +393,7 @@ def tokenizer_difference(tokenizer: "PreTrainedTokenizerBase", text_config: "CLI
 def _usable_device(device: str | torch.device) -> torch.device:
     try:
         usable = torch.device(device)
-        torch.empty(1, device=usable)
+        torch.zeros((), device=usable).item()  # a "meta" tensor has no value
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise MoECLIPError(f"device {str(device)!r} cannot be used here: {reason}") from error

@@ -200,7 +200,11 @@ def test_a_calibrated_copy_calls_the_promised_share_anomalous(normal_folder, che
     assert sum(bool(prediction.regions) for prediction in predictions) <= 5
     for file in checkpoint.iterdir():
         same = (tmp_path / "copy" / file.name).read_bytes() == file.read_bytes()
-        assert same == (file.name != "processor_config.json")
+        assert same == (file.name not in ("processor_config.json", "README.md"))
+    cards = [(folder / "README.md").read_text().splitlines() for folder in (checkpoint, tmp_path / "copy")]
+    (line,) = [line for line, other in zip(*reversed(cards), strict=True) if line != other]
+    image, pixel = calibrated.processor.image_threshold, calibrated.processor.pixel_threshold
+    assert line.startswith(f"- The thresholds ({image:.4g} for images, {pixel:.4g} for pixels) hold for images like")
 
 
 def test_what_predict_wrote_below_the_photos_is_no_normal_image(normal_folder, checkpoint, tmp_path, monkeypatch):
@@ -210,7 +214,7 @@ def test_what_predict_wrote_below_the_photos_is_no_normal_image(normal_folder, c
     assert predicted.exit_code == 0, predicted.output
     assert len(list((photos / "moeclip-output").glob("*_overlay.png"))) == 30
     options = ("--false-alarm-rate", "0.1", "--model", checkpoint, "--output", tmp_path / "copy", "--json")
-    with pytest.warns(MoECLIPWarning, match="30 files are left out, named as results of other images"):
+    with pytest.warns(MoECLIPWarning, match="30 results of predict or explain are no images of parts"):
         facts = json.loads(run(".", *options).stdout)
     assert facts["normal_images"] == 30
 
@@ -290,6 +294,10 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(normal_folder, t
     assert isinstance(run(normal_folder, "--output", tmp_path / "filled").exception, CheckpointError)
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
+    (tmp_path / "torn.png").write_bytes((normal_folder / "00.png").read_bytes()[:200])
+    everything = run(normal_folder, broken, tmp_path / "torn.png", "--output", tmp_path / "copy").exception
+    assert isinstance(everything, UnreadableImageError)
+    assert re.fullmatch(r"\S+broken.png: cannot be read.*\. \S+torn.png: cannot be read.*", str(everything))
     for error, arguments in (
         (UnreadableImageError, (broken, normal_folder)),
         (MoECLIPError, (normal_folder, "--false-alarm-rate", "0.01", "--model", "not/looked-for-yet")),
@@ -301,6 +309,11 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(normal_folder, t
         )
         assert not (tmp_path / "copy").exists()
     out = ("--output", tmp_path / "copy")
-    for usage in ((), out, (normal_folder,), (normal_folder, "--in-place"), (normal_folder, "--best-f1", *out)):
+    data = ("--data-dir", tmp_path, *out)
+    for usage in (
+        *((), out, (normal_folder,), (normal_folder, "--in-place"), (normal_folder, "--best-f1", *out)),
+        *((normal_folder, "--classes", "a", *out), (normal_folder, "--split", "train", *out)),
+        *((*data, "--best-f1", "--false-alarm-rate", "0.05"), (*data, "--best-f1", "--pixel-false-alarm-rate", "0.1")),
+    ):
         assert run(*usage).exit_code == 2
     assert run(normal_folder, "--data-dir", tmp_path, *out).exit_code == 2

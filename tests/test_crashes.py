@@ -244,7 +244,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_whichever_file_it_stops(
 
 def test_a_full_disk_stops_an_evaluation_which_goes_on_later(commands, whole_evaluation, tmp_path):
     folder = tmp_path / "run"
-    for limit in (0, 700):  # neither the settings, nor the first batch
+    for limit in (0, 1000):  # neither the settings, nor the first batch
         ended = commands.run(whole_evaluation.command(folder), folder, file_limit=limit)
         assert ended.status == 1, ended.output
         file = folder / ".unfinished" / "data" / ("000000.npz" if limit else "settings.json")

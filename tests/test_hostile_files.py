@@ -106,7 +106,7 @@ def test_what_only_looks_like_a_file_is_named_and_nothing_is_waited_for(tmp_path
     (tmp_path / "device.png").symlink_to("/dev/zero")
     (tmp_path / "folder.png").mkdir()
     with time_limit(60):
-        found = find_images([tmp_path], exclude=tmp_path / "out")
+        found = find_images([tmp_path])
         outcomes = by_command([*found, tmp_path / "deeper" / "good.png"])
     assert outcomes.pop("linked.png") == pytest.approx(score_of_picture(scene()), abs=1e-5)
     named = {

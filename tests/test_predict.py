@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from moeclip_hf.cli import app
 from moeclip_hf.cli.predict import _output_names
-from moeclip_hf.errors import CheckpointError, MoECLIPError
+from moeclip_hf.errors import CheckpointError, MoECLIPError, MoECLIPWarning
 from moeclip_hf.prediction import find_images, predict
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
 from moeclip_hf.visualization import draw_overlay
@@ -147,20 +147,12 @@ def test_lines_for_machines_go_to_standard_output_though_standard_error_is_a_ter
     assert [Path(json.loads(line)["image"]).name for line in result.stdout.splitlines()] == ["good.png", "spot.jpg"]
 
 
-def test_a_folder_may_take_its_own_results(images, tmp_path):
-    first = run(images, "--output-dir", images, "--json", cwd=tmp_path)
-    again = run(images, "--output-dir", images, "--json", cwd=tmp_path)
-    assert again.exit_code == 0
-    assert [json.loads(line)["image"] for line in again.stdout.splitlines()] == [
-        json.loads(line)["image"] for line in first.stdout.splitlines()
-    ]
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--output-dir", "images/good.png"], "good.png"),
         (["--device", "nonsense"], "device 'nonsense' cannot be used here"),
+        (["--device", "meta"], "device 'meta' cannot be used here"),
         (["--model", "images/good.png"], "is a file"),
         (["--class-name", "two\nlines"], "printable text"),
         (["--class-name", " "], 'use "object"'),
@@ -199,11 +191,76 @@ def test_files_folders_and_patterns_are_found_once_and_in_order(images):
     assert find_images([images]) == [good, spot]
     assert find_images([good, images, str(images / "**" / "*.jpg")]) == [good, spot]
     assert find_images([images / "gone.png"]) == [images / "gone.png"]
-    assert find_images([images], exclude=images / "line 2") == [good]
     (images / "empty").mkdir()
     for nothing in (images / "empty", images / "*.tiff"):
         with pytest.raises(MoECLIPError, match="holds no images"):
             find_images([nothing])
+
+
+@pytest.mark.filterwarnings("ignore:.* results of predict or explain")
+def test_results_are_not_taken_for_images_and_images_not_for_results(images, tmp_path):
+    """Whatever their names are, and however they are named to the command."""
+    (images / "floor_map.png").write_bytes((images / "good.png").read_bytes())
+    expected = ["floor_map.png", "good.png", "spot.jpg"]
+    for output in (images / "results", images):
+        options = ("--maps", "png", "--json", "--output-dir", output)
+        first = run(images, *options, cwd=tmp_path)
+        assert sorted(Path(json.loads(line)["image"]).name for line in first.stdout.splitlines()) == expected
+        for sources in ([images], [images / "**" / "*.*g"], sorted(images.rglob("*.*g"))):
+            with pytest.warns(MoECLIPWarning, match=r"\d+ results of predict or explain are no images of parts"):
+                again = run(*sources, *options, cwd=tmp_path)
+            assert sorted(Path(json.loads(line)["image"]).name for line in again.stdout.splitlines()) == expected
+    with pytest.raises(MoECLIPError, match="and there are no others"):
+        find_images([images / "results"])
+
+
+def test_an_image_is_not_overwritten_by_the_overlay_of_another(images, tmp_path):
+    original = images / "good_overlay.png"
+    Image.open(images / "good.png").rotate(90).save(original)
+    before = original.read_bytes()
+    result = run(images / "good.png", original, "--output-dir", images, cwd=tmp_path)
+    assert isinstance(result.exception, MoECLIPError)
+    told = f"{original}: the results of {images / 'good.png'} would overwrite it: name another --output-dir."
+    assert str(result.exception) == told
+    assert original.read_bytes() == before and not list(images.glob("*_overlay_overlay.png"))
+    assert run(images / "good.png", original, "--output-dir", tmp_path / "out", cwd=tmp_path).exit_code == 0
+    assert original.read_bytes() == before
+
+
+def test_names_are_whole_where_the_table_goes_to_a_file(images, tmp_path):
+    far = tmp_path / ("station with a name " * 8) / ("camera " * 10)
+    far.mkdir(parents=True)
+    for number in (1, 2):
+        (far / f"{number}.png").write_bytes((images / "good.png").read_bytes())
+    result = run(far, "--no-overlays", cwd=tmp_path)
+    for number in (1, 2):
+        (row,) = [line for line in result.stdout.splitlines() if str(far / f"{number}.png") in line]
+        assert row.split()[-2] in ("normal", "anomalous")
+
+
+def test_an_image_that_memory_is_too_short_for_is_named_and_the_rest_is_done(images, tmp_path, monkeypatch):
+    """In reading, in computing, in finding regions and in drawing; each error as the machine would raise it."""
+    Image.new("RGB", (301, 200)).save(images / "large.png")
+    allocator = RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory")
+    for name, concerns, error in (
+        ("moeclip_hf.prediction.read_image", lambda path: path.name == "large.png", MemoryError()),
+        ("moeclip_hf.prediction._complete", lambda prediction, _: prediction.path.name == "large.png", allocator),
+        ("moeclip_hf.visualization.draw_overlay", lambda image, *_: image.size == (301, 200), MemoryError()),
+    ):
+        with monkeypatch.context() as patch:
+            plain = getattr(sys.modules[name.rpartition(".")[0]], name.rpartition(".")[2])
+
+            def run_short(*given, _plain=plain, _concerns=concerns, _error=error):
+                if _concerns(*given):
+                    raise _error
+                return _plain(*given)
+
+            patch.setattr(name, run_short)
+            result = run(images, cwd=tmp_path)
+        assert result.exit_code == 1, name
+        (line,) = result.stderr.splitlines()
+        assert "large" in line and "memory is" in line, name
+        assert all(shown in result.stdout for shown in ("good.png", "large.png", "spot.jpg")), name
 
 
 def test_results_of_files_with_one_name_do_not_overwrite_each_other(images, tmp_path):
@@ -288,6 +345,10 @@ def test_checkpoints_that_cannot_score_are_refused_with_the_reason(tmp_path):
 
     with pytest.raises(CheckpointError, match="nowhere"):
         load_pretrained(tmp_path / "nowhere")
+    (tmp_path / "graph").mkdir()
+    (tmp_path / "graph" / "model.onnx").touch()
+    with pytest.raises(CheckpointError, match=r"graph: is an exported graph.*name the checkpoint it was made of"):
+        load_pretrained(tmp_path / "graph")
     config = tiny_config()
     towers = {"vision_config": config.vision_config.to_dict(), "text_config": config.text_config.to_dict()}
     CLIPModel(CLIPConfig(**towers)).save_pretrained(tmp_path / "clip")

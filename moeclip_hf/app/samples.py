@@ -57,7 +57,7 @@ def samples_of_folder(folder: Path, max_megapixels: float) -> list[Sample]:
         UnreadableImageError: naming the first one that cannot be used.
     """
     samples = []
-    for path in find_images([folder], without_results=True):
+    for path in find_images([folder]):
         inner = path.relative_to(folder).parts[:-1]
         class_name = inner[0].replace("_", " ") if inner else "object"
         samples.append(Sample(path, class_name, shrink(read_upload(path, max_megapixels), _THUMBNAIL_EDGE)))

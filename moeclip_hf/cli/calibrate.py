@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 _DATA = "Data set instead of images"
 _CHOICE = "How thresholds are chosen"
 _OUTPUT = "Where they are stored"
+
+_FALSE_ALARM_RATE = 0.05
 
 
 def calibrate(
@@ -43,14 +46,19 @@ def calibrate(
         str | None, typer.Option(help="With commas between.", show_default="all", rich_help_panel=_DATA)
     ] = None,
     split: Annotated[
-        str, typer.Option(help='Its part; "train" for normal training images.', rich_help_panel=_DATA)
-    ] = "test",
+        str | None,
+        typer.Option(help='Its part; "train" for normal training images.', show_default="test", rich_help_panel=_DATA),
+    ] = None,
     false_alarm_rate: Annotated[
-        float,
+        float | None,
         typer.Option(
-            min=0, max=1, help="Share of normal images that may be called anomalous.", rich_help_panel=_CHOICE
+            min=0,
+            max=1,
+            help="Share of normal images that may be called anomalous.",
+            show_default="0.05",
+            rich_help_panel=_CHOICE,
         ),
-    ] = 0.05,
+    ] = None,
     pixel_false_alarm_rate: Annotated[
         float | None,
         typer.Option(
@@ -88,16 +96,25 @@ def calibrate(
     serve, or with --best-f1 all labelled ones.
     """
     _refuse_wrong_usage(images, data_dir, dataset, best_f1, model, output, in_place)
+    if images and (classes or split):
+        raise typer.BadParameter("--classes and --split are of a data set (--data-dir, --dataset), not of images")
+    if best_f1 and not (false_alarm_rate is None and pixel_false_alarm_rate is None):
+        raise typer.BadParameter("--best-f1 chooses by labels, and holds no false-alarm rate: leave one of them out")
+    false_alarm_rate = _FALSE_ALARM_RATE if false_alarm_rate is None else false_alarm_rate
 
     from transformers.utils import logging
 
     from moeclip_hf import calibration
+    from moeclip_hf.errors import MoECLIPError
     from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
 
     logging.disable_progress_bar()
     if output is not None:
         calibration.refuse_filled_folder(output)
-    rows = _read_rows(images, class_name, dataset, data_dir, split, classes)
+    source = str(model or EMBEDDED_CHECKPOINT)
+    folder = output or Path(source)
+    calibration.check_writable(folder)  # now rather than after all is scored
+    rows = _read_rows(images, class_name, dataset, data_dir, split or "test", classes)
     if not best_f1:
         rows = rows.select([index for index, label in enumerate(rows["label"]) if label == 0])
         for rate in (false_alarm_rate, pixel_false_alarm_rate):
@@ -112,12 +129,16 @@ def calibrate(
         thresholds = calibration.calibrate_from_normal(
             scored.scores, scored.map_maxima, false_alarm_rate, pixel_false_alarm_rate
         )
-    source = str(model or EMBEDDED_CHECKPOINT)
-    folder = output or Path(source)
-    if output is not None:
-        # Of a Hub repository the commit that was scored, whatever its branch has become.
-        calibration.copy_checkpoint(source, output, getattr(pretrained.model.config, "_commit_hash", None))
-    calibration.store_thresholds(folder, thresholds)
+    try:
+        if output is not None:
+            # Of a Hub repository the commit that was scored, whatever its branch has become.
+            commit = getattr(pretrained.model.config, "_commit_hash", None)
+            calibration.copy_checkpoint(source, output, commit, thresholds)
+        else:
+            calibration.store_thresholds(folder, thresholds)
+    except MoECLIPError as error:
+        found = f"the thresholds are {thresholds.image} for images and {thresholds.pixel} for pixels"
+        raise MoECLIPError(f"{str(error).removesuffix('.')}; {found}.") from error
 
     before = {"image": pretrained.processor.image_threshold, "pixel": pretrained.processor.pixel_threshold}
     facts: dict[str, Any] = {
@@ -169,7 +190,8 @@ def _read_rows(
     from moeclip_hf.prediction import find_images
 
     if images:
-        return normal_images(find_images(images, without_results=True), class_name or FALLBACK_PROMPT_NAME)
+        files = {os.path.realpath(path): path for path in find_images(images)}  # one image a file, whatever its names
+        return normal_images(files.values(), class_name or FALLBACK_PROMPT_NAME)
     wanted = classes.split(",") if classes else None
     return load_data(dataset or data_dir or "", data_dir, split, wanted, class_name=class_name)
 

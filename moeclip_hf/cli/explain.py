@@ -37,6 +37,7 @@ def explain(
     from moeclip_hf.prediction import read_image
     from moeclip_hf.pretrained import load_pretrained
     from moeclip_hf.visualization import draw_attributions, draw_routing
+    from moeclip_hf.writing import save_picture, write_whole
 
     logging.disable_progress_bar()
     picture = read_image(image)
@@ -48,10 +49,10 @@ def explain(
     routing, attributions, figures = (
         output_dir / f"{stem}_{name}" for name in ("routing.png", "attributions.png", "experts.json")
     )
-    draw_routing(explanation, pretrained.processor.pixel_threshold).save(routing)
-    draw_attributions(explanation).save(attributions)
+    save_picture(draw_routing(explanation, pretrained.processor.pixel_threshold), routing)
+    save_picture(draw_attributions(explanation), attributions)
     facts = {"image": str(image), **explanation.summary(), "routing": str(routing), "attributions": str(attributions)}
-    figures.write_text(json.dumps(facts, indent=2) + "\n")
+    write_whole(figures, (json.dumps(facts, indent=2) + "\n").encode())
     if as_json:
         print(json.dumps(facts))
     else:

@@ -7,6 +7,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import StrEnum
 from pathlib import Path
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 # Of the images whose overlays wait to be written, beside the one that is: so that memory grows neither with their
 # number nor with their size.
 _PIXELS_AHEAD = 1 << 23
-# In bytes, so that file systems, which take 255, take it with an ending as well.
-_LONGEST_NAME = 235
+# In bytes, so that file systems, which take 255, take it with an ending as well, while it is being written too.
+_LONGEST_NAME = 230
+_ANY_WIDTH = 1 << 15
 _THRESHOLDS_IN_TILES = (
     "the checkpoint's thresholds are for whole images, and scores rise with the number of tiles: set --threshold and "
     "--pixel-threshold from normal images in the same tiles (docs/large_images.md)."
@@ -101,7 +103,8 @@ def predict(
         ),
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels a side that the model sees.", show_default="the checkpoint's")
+        int | None,
+        typer.Option(min=1, max=8192, help="Pixels a side that the model sees.", show_default="the checkpoint's"),
     ] = None,
     keep_aspect: Annotated[
         bool, typer.Option("--keep-aspect", help="Keep aspect ratios; --image-size is then the shorter side.")
@@ -146,7 +149,9 @@ def predict(
 
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # up to twice as many pixels are read all the same
-    paths = find_images(images, exclude=output_dir)
+    paths = find_images(images)
+    endings = {"overlay": "_overlay.png" if overlays else None, "map": f"_map.{maps.value}" if maps else None}
+    targets = _targets(paths, output_dir, {kind: ending for kind, ending in endings.items() if ending})
     if overlays or maps:
         output_dir.mkdir(parents=True, exist_ok=True)  # now rather than after an hour
     detector = _load_detector(model, revision, backend, device, dtype)
@@ -155,7 +160,6 @@ def predict(
         typer.echo(f"moeclip: {_THRESHOLDS_IN_TILES}", err=True)
     threshold = processor.image_threshold if threshold is None else threshold
     pixel_threshold = processor.pixel_threshold if pixel_threshold is None else pixel_threshold
-    names = _output_names(paths)
     size = input_size(processor, image_size, keep_aspect)
     tiling = (Tiling(tile_size) if tile_overlap is None else Tiling(tile_size, tile_overlap)) if tile else None
     predictions = predict_files(
@@ -180,15 +184,11 @@ def predict(
             ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as writer,
         ):
             for done, prediction in enumerate(predictions, start=1):
-                row = _describe(prediction, class_name, str(model or EMBEDDED_CHECKPOINT), threshold)
+                row = _describe(prediction, class_name, str(model or EMBEDDED_CHECKPOINT), threshold, pixel_threshold)
                 if prediction.error is None:
-                    name = names[prediction.path]
-                    targets = {
-                        "overlay": output_dir / f"{name}_overlay.png" if overlays else None,
-                        "map": output_dir / f"{name}_map.{maps.value}" if maps else None,
-                    }
-                    row |= {name: str(target) for name, target in targets.items() if target}
-                    write = writer.submit(_write, prediction, pixel_threshold, **targets)
+                    files = targets(prediction.path)
+                    row |= {kind: str(file) for kind, file in files.items()}
+                    write = writer.submit(_write, prediction, pixel_threshold, **files)
                     pending.append((write, row["width"] * row["height"]))
                     while len(pending) > 1 and sum(pixels for _, pixels in pending) > _PIXELS_AHEAD:
                         finish_write()
@@ -202,16 +202,12 @@ def predict(
                 progress(done, len(paths))
             while pending:
                 finish_write()
-    except KeyboardInterrupt:
-        if not as_json:
+    finally:  # whatever ends the run: what was scored is worth having
+        if rows:
             _print_table(rows, threshold, class_name)
-        raise
-
-    if not as_json:
-        _print_table(rows, threshold, class_name)
-        if (overlays or maps) and unreadable + unwritten < len(paths):
-            where = "" if output_dir.is_absolute() else " (in this folder)"
-            typer.echo(f"Written to {one_line(str(output_dir))}{where}")
+    if not as_json and (overlays or maps) and unreadable + unwritten < len(paths):
+        where = "" if output_dir.is_absolute() else " (in this folder)"
+        typer.echo(f"Written to {one_line(str(output_dir))}{where}")
     if unreadable or unwritten:
         raise typer.Exit(1)
 
@@ -241,6 +237,40 @@ def _tile_size(tile: str | None, overlap: float | None) -> int | None:
     if not tile.isdecimal() or int(tile) < 1:
         raise typer.BadParameter(f"{tile!r} is neither a number of pixels nor auto.", param_hint="--tile")
     return int(tile)
+
+
+def _targets(paths: list[Path], output_dir: Path, endings: dict[str, str]) -> Callable[[Path], dict[str, Path]]:
+    """
+    Where each image's results go, by kind.
+
+    Raises:
+        MoECLIPError: if an image would be overwritten by a result of another.
+    """
+    from moeclip_hf.errors import MoECLIPError
+
+    names = _output_names(paths)
+
+    def targets(path: Path) -> dict[str, Path]:
+        return {kind: output_dir / f"{names[path]}{ending}" for kind, ending in endings.items()}
+
+    images: dict[tuple[int, int], Path] = {}
+    for path in paths:
+        for target in targets(path).values():
+            if (there := _identity(target)) is None:
+                continue
+            images = images or {identity: image for image in paths if (identity := _identity(image))}
+            if image := images.get(there):
+                raise MoECLIPError(f"{image}: the results of {path} would overwrite it: name another --output-dir.")
+    return targets
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Tells files apart, whatever path leads to them; nothing of one that is not there."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _output_names(paths: list[Path]) -> dict[Path, str]:
@@ -285,25 +315,32 @@ def _digest(name: bytes) -> str:
     return hashlib.blake2b(name, digest_size=8).hexdigest()
 
 
-def _describe(prediction: "Prediction", class_name: str, model: str, threshold: float) -> dict[str, Any]:
+def _describe(
+    prediction: "Prediction", class_name: str, model: str, threshold: float, pixel_threshold: float
+) -> dict[str, Any]:
     row = {"image": str(prediction.path), "class_name": class_name, "model": model, "score": prediction.score}
     if prediction.error is not None:
         return row | {"error": prediction.error}
     size = {"width": prediction.image.width, "height": prediction.image.height} if prediction.image else {}
     return row | {
         "threshold": threshold,
+        "pixel_threshold": pixel_threshold,
         "is_anomalous": prediction.is_anomalous,
         "regions": prediction.regions,
         **size,
     }
 
 
-def _write(prediction: "Prediction", pixel_threshold: float, overlay: Path | None, map: Path | None) -> list[str]:
+def _write(
+    prediction: "Prediction", pixel_threshold: float, overlay: Path | None = None, map: Path | None = None
+) -> list[str]:
     """Write what there is a file for, and tell what cannot be written, a line each."""
     import numpy as np
     from PIL import Image
 
+    from moeclip_hf.errors import MoECLIPError
     from moeclip_hf.visualization import draw_overlay
+    from moeclip_hf.writing import save_picture, whole_file
 
     assert prediction.image is not None and prediction.anomaly_map is not None  # it could be read
     failures = []
@@ -312,23 +349,28 @@ def _write(prediction: "Prediction", pixel_threshold: float, overlay: Path | Non
             target.parent.mkdir(parents=True, exist_ok=True)
             if target is overlay:
                 picture = draw_overlay(prediction.image, prediction.anomaly_map, prediction.regions, pixel_threshold)
-                picture.save(target, compress_level=1)
+                save_picture(picture, target)
             elif target.suffix == ".npy":
-                np.save(target, prediction.anomaly_map)
+                with whole_file(target) as partial, partial.open("wb") as file:
+                    np.save(file, prediction.anomaly_map)
             else:
-                Image.fromarray(np.rint(prediction.anomaly_map * 65535).astype(np.uint16)).save(target)
-        except OSError as error:  # such as a full disk
-            failures.append(f"{target}: cannot be written ({error.strerror or error})")
+                save_picture(Image.fromarray(np.rint(prediction.anomaly_map * 65535).astype(np.uint16)), target)
+        except MoECLIPError as error:  # such as a full disk
+            failures.append(str(error))
+        except (OSError, MemoryError) as error:
+            reason = "memory is short" if isinstance(error, MemoryError) else error.strerror or error
+            failures.append(f"{target}: cannot be written ({reason})")
     return failures
 
 
 def _print_table(rows: list[dict[str, Any]], threshold: float, class_name: str) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    title = Text(f"{class_name} (anomalous from {threshold:.3f})", "italic")
-    table = Table("image", "score", "verdict", title=title)
+    # With as many digits as the scores, lest one seem to be on the wrong side.
+    title = Text(f"{class_name} (anomalous from {threshold:.4f})", "italic")
+    table = Table(Column("image", overflow="fold"), "score", "verdict", title=title)
     for row in rows:
         if row["score"] is None:
             score, verdict = Text("-"), Text("unreadable", "yellow")
@@ -336,4 +378,7 @@ def _print_table(rows: list[dict[str, Any]], threshold: float, class_name: str) 
             score = Text(f"{row['score']:.4f}")
             verdict = Text("anomalous", "bold red") if row["is_anomalous"] else Text("normal", "green")
         table.add_row(Text(one_line(row["image"])), score, verdict)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # names stay whole, and a row a line
+        console.width = _ANY_WIDTH
+    console.print(table)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from moeclip_hf.errors import MoECLIPError
 from moeclip_hf.evaluation.scoring import ScoredBatch
+from moeclip_hf.writing import write_whole
 
 _SETTINGS_FILE = "settings.json"
 
@@ -59,7 +59,7 @@ class ScoredBatches:
             _refuse_other_settings(recorded, self.settings, self.folder)
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(recorded, json.dumps(self.settings, indent=2).encode())
+            write_whole(recorded, json.dumps(self.settings).encode())
         content = io.BytesIO()
         arrays: dict[str, Any] = batch.arrays()
         np.savez_compressed(content, **arrays)
@@ -99,19 +99,3 @@ def list_differences(found: Mapping[str, Any], settings: Mapping[str, Any]) -> s
     """Settings that were found to be others, with both values, in words; empty if there are none."""
     other = (name for name in settings if found.get(name) != settings[name])
     return ", ".join(f"{name} {found.get(name)}, not {settings[name]}" for name in other)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """
-    Write a file; a crash leaves it as it was, or whole.
-
-    Raises:
-        MoECLIPError: naming what cannot be written, and why.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise MoECLIPError(f"{path}: cannot be written ({error.strerror})") from error

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeclip_hf.data import BENCHMARKS, PUBLISHED_MEAN, REPRODUCED_MEAN, Results, find_benchmark
-from moeclip_hf.evaluation.checkpointing import write_whole
+from moeclip_hf.writing import write_whole
 
 if TYPE_CHECKING:
     from moeclip_hf.metrics import Curve

@@ -1,0 +1,70 @@
+"""Files that are there whole or not at all, and pictures that can be told from those of parts."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from moeclip_hf.errors import MoECLIPError
+
+# What is added to an image's name, and stands in the file itself.
+_PICTURES = ("_overlay.png", "_map.png", "_routing.png", "_attributions.png")
+_SOFTWARE = "moeclip-hf"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """
+    Where to write a file, which takes its name once it is whole; one that was there stays until then.
+
+    Raises:
+        MoECLIPError: naming what cannot be written, and why.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except (OSError, MemoryError) as error:
+        reason = "memory is short" if isinstance(error, MemoryError) else getattr(error, "strerror", None) or error
+        raise MoECLIPError(f"{path}: cannot be written ({reason})") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """
+    Write a file; a crash leaves it as it was, or whole.
+
+    Raises:
+        MoECLIPError: naming what cannot be written, and why.
+    """
+    with whole_file(path) as partial:
+        partial.write_bytes(content)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """
+    Save a result as a PNG that [`is_result`] knows again.
+
+    Raises:
+        MoECLIPError: naming what cannot be written, and why.
+    """
+    info = PngInfo()
+    info.add_text("Software", _SOFTWARE)
+    with whole_file(path) as partial:
+        picture.save(partial, "PNG", compress_level=1, pnginfo=info)
+
+
+def is_result(path: Path) -> bool:
+    """Whether a file is a picture that `moeclip predict` or `moeclip explain` wrote: told from name and contents."""
+    if not path.name.endswith(_PICTURES) or not path.is_file():
+        return False
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            return picture.info.get("Software") == _SOFTWARE
+    except Exception:  # whatever a damaged file leads to; reading it says so
+        return False
