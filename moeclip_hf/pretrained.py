@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import snapshot_download
 from transformers.utils import logging
 
 from moeclip_hf.errors import CheckpointError, MoECLIPError
@@ -246,16 +246,24 @@ def refuse_links(folder: Path) -> None:
     Raises:
         CheckpointError: naming the file.
     """
-    root = folder.resolve()
-    # Snapshots of the Hub's cache are links to what is stored beside them.
-    roots = [root] if root.parent.name != "snapshots" else [root.parent.parent, Path(constants.HF_HOME).resolve()]
     for file in folder.iterdir():
         if file.is_dir() or not any(fnmatch.fnmatch(file.name, pattern) for pattern in _READ_FILES):
             continue
-        if not any(file.resolve().is_relative_to(own) for own in roots):
+        if leads_out(file, folder):
             raise CheckpointError(f"{file}: links to {file.resolve()}, out of its folder: put the file itself there.")
         if not file.is_file():
             raise CheckpointError(f"{file}: is no file that can be read: put the file itself there.")
+
+
+def leads_out(file: Path, folder: Path) -> bool:
+    """Whether a file of a model's folder is a link to what is not the model's own."""
+    root = folder.resolve()
+    repository = root.parent.parent
+    own = [root]
+    # Snapshots of the Hub's cache are links to blobs beside them, and those to blobs that repositories share.
+    if root.parent.name == "snapshots" and repository.name.startswith("models--"):
+        own += [repository / "blobs", repository.parent / "blobs"]
+    return not any(file.resolve().is_relative_to(place) for place in own)
 
 
 def is_hub_id(name: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from spoiled_models import (
     ADAPTER_WEIGHTS,
@@ -207,6 +208,10 @@ def test_a_checkpoint_loads_with_links_of_its_own_and_the_hubs_cache(checkpoint,
     for file in EMBEDDED_CHECKPOINT.iterdir():
         shutil.copy(file, blobs / file.name)
         (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    shared = tmp_path / "blobs" / "ab" / "abcd"  # by repositories that hold the same weights
+    shared.parent.mkdir(parents=True)
+    (blobs / WEIGHTS).rename(shared)
+    (blobs / WEIGHTS).symlink_to(Path("../../blobs/ab/abcd"))
     assert load_pretrained(snapshot, device="cpu").model.config.name_or_path == str(snapshot)
 
 
@@ -218,6 +223,33 @@ def test_what_a_link_leads_to_is_not_published(checkpoint, tmp_path, file):
     with pytest.raises(CheckpointError, match="secret, out of its folder"):
         write_repository(checkpoint, tmp_path / "repository", "ann/it")
     assert not (tmp_path / "repository").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "link"),
+    [
+        ("snapshots/model", "../../.ssh/id_rsa"),
+        ("snapshots/model", "../../hf/token"),
+        ("hf/hub/models--ann--it/snapshots/0123", "../../../../token"),
+        ("hf/hub/models--ann--it/snapshots/0123", "../../../models--ann--secret/blobs/secret"),
+        ("hf/hub/models--ann--it/snapshots/0123", "../../blobs/id_rsa"),
+    ],
+)
+def test_a_folder_that_is_called_or_lies_as_in_the_hubs_cache_publishes_no_other_file(
+    checkpoint, tmp_path, monkeypatch, folder, link
+):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))
+    for secret in (".ssh/id_rsa", "hf/token", "hf/hub/models--ann--secret/blobs/secret"):
+        (tmp_path / secret).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / secret).write_text("secret")
+    folder = shutil.copytree(checkpoint, tmp_path / folder)
+    blobs = tmp_path / "hf/hub/models--ann--it/blobs"
+    blobs.parent.mkdir(exist_ok=True)
+    blobs.symlink_to(tmp_path / ".ssh")
+    (folder / "LICENSE").symlink_to(link)
+    assert (folder / "LICENSE").read_text() == "secret"
+    with pytest.raises(CheckpointError, match=r"LICENSE: links to .*, out of its folder"):
+        write_repository(folder, tmp_path / "repository", "ann/it")
 
 
 # Code
