@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
+import posixpath
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,6 +19,7 @@ from importlib.metadata import requires
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
@@ -34,6 +37,7 @@ from moeclip_hf.pretrained import (
     fetch_checkpoint,
     is_adapter,
     is_hub_id,
+    leads_out,
 )
 from moeclip_hf.registration import PIPELINE_TASK
 
@@ -80,6 +84,18 @@ _OURS = (
     "*_moeclip.py",
     "moe_lora.py",
     "handler.py",
+)
+
+# What of a folder its card may show, and how Markdown and the HTML in it link to that.
+_SHOWN = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".md", ".txt", ".pdf")
+_LINKS = re.compile(
+    r"""
+      \]\(\s*<([^<>\n]+)>                                # [text](<a link>)
+    | \]\(\s*([^\s()<>]+(?:\([^\s()<>]*\)[^\s()<>]*)*)   # [text](link "title")
+    | ^[ ]{0,3}\[[^]\n]+\]:\s*<?([^\s<>]+)                # [text]: link
+    | <(?:a|img)\s[^<>]*?\b(?:href|src)\s*=\s*(?:"([^"]+)"|'([^']+)'|([^\s"'<>]+))
+    """,
+    re.VERBOSE | re.MULTILINE | re.IGNORECASE,
 )
 
 # What the code of a repository imports; the ranges are this package's own.
@@ -236,7 +252,9 @@ def repository_files(folder: Path, repo_id: str, facts: CardFacts, card: str | N
     if has_card:
         card = (folder / CARD).read_text(encoding="utf-8", errors="replace")
     composed = compose_card(folder, config, adapter, repo_id, facts, card, keep_results=has_card)
-    return {CARD: composed.encode(), **files, **_shown_by_card(folder, composed, files)}
+    # A card that somebody else may have written does not say which of this disk's files are published.
+    shown = _shown_by_card(folder, composed, files) if has_card else {}
+    return {CARD: composed.encode(), **files, **shown}
 
 
 def handler_requirements() -> str:
@@ -322,11 +340,17 @@ def _json(document: dict[str, Any]) -> bytes:
 
 
 def _shown_by_card(folder: Path, card: str, files: dict[str, Path | bytes]) -> dict[str, Path | bytes]:
-    """Pictures and other files of the folder that the card's text links to."""
-    root = folder.resolve()
-    linked = {(root / link).resolve() for link in re.findall(r"\]\(([^)#:]+)\)", card)}
-    inside = {path.relative_to(root).as_posix(): path for path in sorted(linked) if path.is_relative_to(root)}
-    return {name: path for name, path in inside.items() if path.is_file() and name not in files and name != CARD}
+    """Pictures and documents of the folder that the text of its own card links to; hidden files stay hidden."""
+    shown: dict[str, Path | bytes] = {}
+    for found in _LINKS.finditer(card):
+        link = next(filter(None, found.groups()), "")
+        name = posixpath.normpath(unquote(re.split("[?#]", link)[0]))
+        path = folder / name
+        if path.suffix.lower() not in _SHOWN or any(part[:1] in ("", ".") for part in name.split("/")):
+            continue
+        if os.path.isfile(path) and not leads_out(path, folder) and name not in files and name != CARD:
+            shown[name] = path
+    return shown
 
 
 def _is_stale(path: str, files: dict[str, Path | bytes]) -> bool:

@@ -182,6 +182,53 @@ def test_a_card_of_the_users_keeps_its_text_and_metadata(checkpoint, results, tm
     assert "secret.txt" not in {path.name for path in (tmp_path / "repository").rglob("*")}
 
 
+@pytest.mark.parametrize(
+    ("link", "name"),
+    [
+        ("![a](a%20b.png)", "a b.png"),
+        ("![a](<a b.png>)", "a b.png"),
+        ('![t](t.png "title")', "t.png"),
+        ("[c]( ok.png )", "ok.png"),
+        ("[![c](t.png)](Papers/it.PDF#page=2)", "Papers/it.PDF"),
+        ("[c](it(1).png)", "it(1).png"),
+        ("[c][1]\n\n[1]: ./ok.png", "ok.png"),
+        ('<img width="4" src="h.png">', "h.png"),
+        ("<IMG alt='it' src=h.png>", "h.png"),
+        ("<a href='a b.png'>it</a>", "a b.png"),
+        ("![link to a picture](link.png)", "link.png"),
+    ],
+)
+def test_a_picture_is_published_however_the_folders_card_shows_it(checkpoint, tmp_path, link, name):
+    (checkpoint / "README.md").write_text(f"Mine: {link}\n")
+    (checkpoint / "Papers").mkdir()
+    (checkpoint / "picture.png").touch()
+    (checkpoint / "link.png").symlink_to("picture.png")
+    (checkpoint / name).write_bytes(b"a picture")
+    written(checkpoint, tmp_path)
+    assert (tmp_path / "repository" / name).read_bytes() == b"a picture"
+
+
+@pytest.mark.parametrize("name", [".env", ".notes.txt", ".git/it.md", "keys.json", "optimizer.pt", "data.csv"])
+def test_a_card_publishes_pictures_and_documents_alone(checkpoint, tmp_path, name):
+    (checkpoint / "README.md").write_text(
+        f"[it]({name}) [far](http://[) [no](%00.png) [long]({'a' * 300}.png) [](/)\n"
+    )
+    (checkpoint / ".git").mkdir()
+    (checkpoint / name).write_bytes(b"mine")
+    written(checkpoint, tmp_path)
+    assert not (tmp_path / "repository" / name).exists()
+
+
+def test_the_card_of_a_repository_does_not_say_which_files_of_the_disk_are_published(checkpoint):
+    (checkpoint / "notes.txt").write_text("mine")
+    card = "# Somebody's\n\n[notes](notes.txt)\n"
+    files = repository_files(checkpoint, "ann/moeclip", CardFacts(), card)
+    assert card.encode() in files["README.md"]
+    assert "notes.txt" not in files
+    (checkpoint / "README.md").write_text(card)
+    assert "notes.txt" in repository_files(checkpoint, "ann/moeclip", CardFacts())
+
+
 def test_what_stands_outside_of_the_marks_stays_and_the_rest_is_written_anew(checkpoint, results, tmp_path):
     (checkpoint / "README.md").write_text(f"# Mine\n\n{BEGIN}\nold\n{END}\n\nMine, too.\n")
     _, text = written(checkpoint, tmp_path)
