@@ -34,12 +34,14 @@ from moeclip_hf.pretrained import (
     ADAPTER_CONFIG,
     CONFIG,
     Pretrained,
+    check_checkpoint,
     fetch_checkpoint,
     is_adapter,
     is_hub_id,
     leads_out,
 )
 from moeclip_hf.registration import PIPELINE_TASK
+from moeclip_hf.stored_weights import ADAPTER_WEIGHTS, SAFETENSORS, weight_files
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -58,11 +60,7 @@ CUSTOM_PIPELINES = {
 _PROCESSOR_CLASS = "processing_moeclip.MoECLIPProcessor"
 _IMAGE_PROCESSOR_CLASS = "image_processing_moeclip.MoECLIPImageProcessor"
 
-# What is taken from a folder: the weights, and what goes with them. Nothing else leaves the user's disk.
-_WEIGHTS = {
-    False: ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
-    True: ("adapter_model.safetensors",),
-}
+# What is taken from a folder beside the weights that would be loaded. Nothing else leaves the user's disk.
 _OF_A_RUN = ("recipe.json", "training_curves.png")
 _BESIDE = (
     "tokenizer.json",
@@ -76,8 +74,9 @@ _BESIDE = (
 )
 # What of a repository is replaced as a whole: a file of these that is no longer published is deleted.
 _OURS = (
-    *_WEIGHTS[False],
-    *_WEIGHTS[True],
+    *SAFETENSORS,
+    "model-*-of-*.safetensors",
+    ADAPTER_WEIGHTS,
     *_OF_A_RUN,
     CONFIG,
     ADAPTER_CONFIG,
@@ -230,20 +229,22 @@ def repository_files(folder: Path, repo_id: str, facts: CardFacts, card: str | N
         CheckpointError: if the folder is not what can be published.
     """
     adapter = is_adapter(folder)
+    config = _adapter_config(folder, facts.base_model) if adapter else _model_config(folder)
     processor = _processor_config(folder)
-    files: dict[str, Path | bytes] = {
+    check_checkpoint(folder)
+    weights = weight_files(folder, (ADAPTER_WEIGHTS,) if adapter else SAFETENSORS)
+    files: dict[str, Path | bytes] = {path.name: path for path in weights}
+    files |= {
         path.name: path
         for path in sorted(folder.iterdir())
-        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in (*_WEIGHTS[adapter], *_BESIDE))
+        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in _BESIDE)
     }
     if adapter:
-        config = _adapter_config(folder, facts.base_model)
         files[ADAPTER_CONFIG] = _json(config)
     else:
-        config = _model_config(folder)
         processor["auto_map"] = {"AutoProcessor": _PROCESSOR_CLASS}
         processor["image_processor"]["auto_map"] = {"AutoImageProcessor": _IMAGE_PROCESSOR_CLASS}
-        files |= {CONFIG: _json(config | {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES})}
+        files[CONFIG] = _json(config | {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES})
         code = Path(next(iter(moeclip_hf.modeling.__path__)))
         files |= {path.name: path for path in sorted(code.glob("*.py")) if path.name != "__init__.py"}
         files["requirements.txt"] = handler_requirements().encode()
@@ -305,7 +306,7 @@ def _model_config(folder: Path) -> dict[str, Any]:
 def _processor_config(folder: Path) -> dict[str, Any]:
     path = folder / PROCESSOR
     config = read_json(path) if path.exists() else {}
-    if "image_processor" not in config:
+    if not isinstance(config.get("image_processor"), dict):
         raise CheckpointError(
             f"{folder}: has no processor of a MoECLIP: save it there with MoECLIPProcessor.save_pretrained."
         )
@@ -318,7 +319,7 @@ def _adapter_config(folder: Path, base_model: str | None) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: is no adapter of type MOE_LORA but of {config.get('peft_type')!r}.")
     recorded = config.get("base_model_name_or_path")
     base = base_model or recorded
-    if base is None or not is_hub_id(base):
+    if not isinstance(base, str) or not is_hub_id(base):
         raise CheckpointError(
             f"{folder}: names {base!r} as its base, which others cannot load: name that CLIP's Hub id as base model."
         )

@@ -1,6 +1,7 @@
 """Checkpoints that lie: each is refused by name in one line, soon, and nothing of it is run."""
 
 import io
+import json
 import shutil
 import struct
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from spoiled_models import (
     ADAPTER_WEIGHTS,
     HUGE,
@@ -53,6 +55,16 @@ def adapter_beside(**changes: Any) -> Spoil:
     return spoil
 
 
+def saved_in_parts_since(folder: Path) -> None:
+    """Lay newer weights beside old ones, as transformers' `save_pretrained(max_shard_size=...)` does."""
+    shutil.copy(folder / WEIGHTS, folder / "model-00001-of-00001.safetensors")
+    index = {
+        "metadata": {},
+        "weight_map": dict.fromkeys(load_file(folder / WEIGHTS), "model-00001-of-00001.safetensors"),
+    }
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
 BOTH = r"holds both config\.json, of a model, and adapter_config\.json, of an adapter: put the adapter's files"
 
 CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
@@ -73,6 +85,14 @@ CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
     "an empty file": (content(WEIGHTS, lambda b: b""), "damaged or cut short"),
     "a header that lies": (content(WEIGHTS, lambda b: struct.pack("<Q", 1 << 40) + b[8:]), "damaged or cut short"),
     "a shard elsewhere": (indexed_outside, r"names '\.\./outside-model.safetensors', which is not in its own folder"),
+    "a part without its index": (
+        lambda folder: (folder / WEIGHTS).rename(folder / "model-00001-of-00002.safetensors"),
+        r"holds no weights: model\.safetensors is missing",
+    ),
+    "weights of two saves": (
+        saved_in_parts_since,
+        r"twice, in model\.safetensors and in the files of model\.safetensors\.index\.json: delete those",
+    ),
     # Sizes that would take gigabytes, or hours
     "a huge vocabulary": (config(text_config__vocab_size=HUGE), r"vocab_size \(1000000000\)"),
     "a likely vocabulary that is not there": (
@@ -158,10 +178,20 @@ def test_a_checkpoint_that_lies_is_refused_by_name(checkpoint, spoil, message):
     assert_told(error.value, checkpoint)
 
 
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name not in ("NaN", "infinity")])
+def test_what_settings_and_headers_tell_keeps_a_checkpoint_from_being_published(checkpoint, tmp_path, name):
+    CHECKPOINTS[name][0](checkpoint)
+    with pytest.raises(CheckpointError) as error:
+        write_repository(checkpoint, tmp_path / "repository", "ann/it")
+    assert_told(error.value, checkpoint)
+    assert not (tmp_path / "repository").exists()
+
+
 TO_TRAIN_ON = ["NaN", "a likely vocabulary that is not there", "a huge depth", "kernels to run", "weights elsewhere"]
+TO_TRAIN_ON += ["a shard elsewhere", "a header that lies", "weights of two saves", "an adapter beside it"]
 
 
-@pytest.mark.parametrize("name", [*TO_TRAIN_ON, "a shard elsewhere", "a header that lies", "an adapter beside it"])
+@pytest.mark.parametrize("name", TO_TRAIN_ON)
 def test_training_does_not_start_from_a_checkpoint_that_lies(checkpoint, name):
     spoil, message = CHECKPOINTS[name]
     spoil(checkpoint)

@@ -265,10 +265,53 @@ def test_a_card_whose_metadata_cannot_be_read_is_told(checkpoint, tmp_path, meta
 
 @pytest.mark.parametrize("name", ["config.json", "processor_config.json", "recipe.json"])
 def test_a_damaged_file_is_named(checkpoint, tmp_path, name):
-    for damaged, words in (("{", "cannot be read as JSON"), ("[]", "holds no settings but a list")):
+    faults = {
+        "{": "cannot be read as JSON",
+        "[]": "holds no settings but a list",
+        "[" * 100_000: "cannot be read as JSON",
+    }
+    for damaged, words in faults.items():
         (checkpoint / name).write_text(damaged)
         with pytest.raises(CheckpointError, match=rf"{name}: {words}"):
             written(checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("recipe.json", {"base_model": 5}, r"recipe\.json: base_model \(5\) is no name of a model: mend it"),
+        ("recipe.json", {"datasets": 5}, r"recipe\.json: datasets \(5\) is no list of names: mend it"),
+        ("recipe.json", {"datasets": ["visa", 5]}, r"recipe\.json: datasets \(\['visa', 5\]\) is no list of names"),
+        ("processor_config.json", {"image_processor": None}, "has no processor of a MoECLIP: save it there"),
+    ],
+)
+def test_settings_of_another_kind_are_told_with_their_file_and_remedy(checkpoint, tmp_path, name, settings, words):
+    document = json.loads((checkpoint / name).read_text())
+    (checkpoint / name).write_text(json.dumps(document | settings))
+    with pytest.raises(CheckpointError, match=words):
+        written(checkpoint, tmp_path)
+
+
+def test_the_card_tells_the_size_that_a_processor_leaves_to_its_default(checkpoint, tmp_path):
+    document = json.loads((checkpoint / "processor_config.json").read_text())
+    del document["image_processor"]["size"]
+    (checkpoint / "processor_config.json").write_text(json.dumps(document))
+    size = load_pretrained(checkpoint, device="cpu").processor.image_processor.size["height"]
+    assert f"| input | {size} x {size} pixels |" in written(checkpoint, tmp_path)[1]
+
+
+def test_weights_are_published_that_would_be_loaded_and_no_others(checkpoint, pretrained, tmp_path):
+    (checkpoint / "model-00001-of-00002.safetensors").write_bytes(b"left by an earlier save")
+    written(checkpoint, tmp_path)
+    published = {path.name for path in (tmp_path / "repository").glob("model*.safetensors*")}
+    assert published == {"model.safetensors"}
+    pretrained.model.save_pretrained(tmp_path / "parts", max_shard_size="1MB")
+    pretrained.processor.save_pretrained(tmp_path / "parts")
+    saved = {path.name for path in (tmp_path / "parts").glob("model*.safetensors*")}
+    assert len(saved) > 2
+    written(tmp_path / "parts", tmp_path)
+    assert {path.name for path in (tmp_path / "repository").glob("model*.safetensors*")} == saved
+    load_pretrained(tmp_path / "repository", device="cpu")
 
 
 def test_an_adapter_names_its_base_and_replaces_the_template_that_peft_left(pretrained, tmp_path):
