@@ -139,7 +139,7 @@ def load_adapter(
         CheckpointError: if either is not there or not what it should be.
     """
     folder = fetch_adapter(adapter, revision)
-    config, stored = _read_adapter(str(adapter), folder)
+    config, stored = read_adapter(str(adapter), folder)
     base_revision = None if base else config.revision
     base = base or config.base_model_name_or_path
     if base is None:
@@ -164,13 +164,22 @@ def load_adapter(
     return adapted
 
 
-def _read_adapter(adapter: str, folder: Path) -> tuple[MoELoraConfig, dict[str, StoredTensor]]:
-    """An adapter's settings and what its file holds, once the two agree on the sizes of the experts."""
+def read_adapter(adapter: str, folder: Path) -> tuple[MoELoraConfig, dict[str, StoredTensor]]:
+    """
+    Read an adapter's settings and what its file holds, once the two agree on the sizes of the experts.
+
+    Args:
+        adapter: names it in errors.
+        folder: of the adapter.
+
+    Raises:
+        CheckpointError: if it is no adapter over a MoECLIP, or the two do not agree.
+    """
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:
         raise CheckpointError(f"{adapter}: cannot be read as an adapter: {_one_line(error)}") from error
-    if not isinstance(config, MoELoraConfig) or config.base_settings is None:
+    if not isinstance(config, MoELoraConfig) or not isinstance(config.base_settings, dict):
         raise CheckpointError(f"{adapter}: is not a MoE-LoRA adapter made over a MoECLIP.")
     stored = read_headers(folder, [ADAPTER_WEIGHTS])
     projections = {name: tensor for name, tensor in stored.items() if name.endswith(".lora_A")}

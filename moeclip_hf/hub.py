@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
+import posixpath
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,6 +19,7 @@ from importlib.metadata import requires
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
@@ -31,11 +34,14 @@ from moeclip_hf.pretrained import (
     ADAPTER_CONFIG,
     CONFIG,
     Pretrained,
+    check_checkpoint,
     fetch_checkpoint,
     is_adapter,
     is_hub_id,
+    leads_out,
 )
 from moeclip_hf.registration import PIPELINE_TASK
+from moeclip_hf.stored_weights import ADAPTER_WEIGHTS, SAFETENSORS, weight_files
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -54,11 +60,7 @@ CUSTOM_PIPELINES = {
 _PROCESSOR_CLASS = "processing_moeclip.MoECLIPProcessor"
 _IMAGE_PROCESSOR_CLASS = "image_processing_moeclip.MoECLIPImageProcessor"
 
-# What is taken from a folder: the weights, and what goes with them. Nothing else leaves the user's disk.
-_WEIGHTS = {
-    False: ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
-    True: ("adapter_model.safetensors",),
-}
+# What is taken from a folder beside the weights that would be loaded. Nothing else leaves the user's disk.
 _OF_A_RUN = ("recipe.json", "training_curves.png")
 _BESIDE = (
     "tokenizer.json",
@@ -72,14 +74,27 @@ _BESIDE = (
 )
 # What of a repository is replaced as a whole: a file of these that is no longer published is deleted.
 _OURS = (
-    *_WEIGHTS[False],
-    *_WEIGHTS[True],
+    *SAFETENSORS,
+    "model-*-of-*.safetensors",
+    ADAPTER_WEIGHTS,
     *_OF_A_RUN,
     CONFIG,
     ADAPTER_CONFIG,
     "*_moeclip.py",
     "moe_lora.py",
     "handler.py",
+)
+
+# What of a folder its card may show, and how Markdown and the HTML in it link to that.
+_SHOWN = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".md", ".txt", ".pdf")
+_LINKS = re.compile(
+    r"""
+      \]\(\s*<([^<>\n]+)>                                # [text](<a link>)
+    | \]\(\s*([^\s()<>]+(?:\([^\s()<>]*\)[^\s()<>]*)*)   # [text](link "title")
+    | ^[ ]{0,3}\[[^]\n]+\]:\s*<?([^\s<>]+)                # [text]: link
+    | <(?:a|img)\s[^<>]*?\b(?:href|src)\s*=\s*(?:"([^"]+)"|'([^']+)'|([^\s"'<>]+))
+    """,
+    re.VERBOSE | re.MULTILINE | re.IGNORECASE,
 )
 
 # What the code of a repository imports; the ranges are this package's own.
@@ -214,20 +229,22 @@ def repository_files(folder: Path, repo_id: str, facts: CardFacts, card: str | N
         CheckpointError: if the folder is not what can be published.
     """
     adapter = is_adapter(folder)
+    config = _adapter_config(folder, facts.base_model) if adapter else _model_config(folder)
     processor = _processor_config(folder)
-    files: dict[str, Path | bytes] = {
+    check_checkpoint(folder)
+    weights = weight_files(folder, (ADAPTER_WEIGHTS,) if adapter else SAFETENSORS)
+    files: dict[str, Path | bytes] = {path.name: path for path in weights}
+    files |= {
         path.name: path
         for path in sorted(folder.iterdir())
-        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in (*_WEIGHTS[adapter], *_BESIDE))
+        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in _BESIDE)
     }
     if adapter:
-        config = _adapter_config(folder, facts.base_model)
         files[ADAPTER_CONFIG] = _json(config)
     else:
-        config = _model_config(folder)
         processor["auto_map"] = {"AutoProcessor": _PROCESSOR_CLASS}
         processor["image_processor"]["auto_map"] = {"AutoImageProcessor": _IMAGE_PROCESSOR_CLASS}
-        files |= {CONFIG: _json(config | {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES})}
+        files[CONFIG] = _json(config | {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES})
         code = Path(next(iter(moeclip_hf.modeling.__path__)))
         files |= {path.name: path for path in sorted(code.glob("*.py")) if path.name != "__init__.py"}
         files["requirements.txt"] = handler_requirements().encode()
@@ -236,7 +253,9 @@ def repository_files(folder: Path, repo_id: str, facts: CardFacts, card: str | N
     if has_card:
         card = (folder / CARD).read_text(encoding="utf-8", errors="replace")
     composed = compose_card(folder, config, adapter, repo_id, facts, card, keep_results=has_card)
-    return {CARD: composed.encode(), **files, **_shown_by_card(folder, composed, files)}
+    # A card that somebody else may have written does not say which of this disk's files are published.
+    shown = _shown_by_card(folder, composed, files) if has_card else {}
+    return {CARD: composed.encode(), **files, **shown}
 
 
 def handler_requirements() -> str:
@@ -287,7 +306,7 @@ def _model_config(folder: Path) -> dict[str, Any]:
 def _processor_config(folder: Path) -> dict[str, Any]:
     path = folder / PROCESSOR
     config = read_json(path) if path.exists() else {}
-    if "image_processor" not in config:
+    if not isinstance(config.get("image_processor"), dict):
         raise CheckpointError(
             f"{folder}: has no processor of a MoECLIP: save it there with MoECLIPProcessor.save_pretrained."
         )
@@ -300,7 +319,7 @@ def _adapter_config(folder: Path, base_model: str | None) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: is no adapter of type MOE_LORA but of {config.get('peft_type')!r}.")
     recorded = config.get("base_model_name_or_path")
     base = base_model or recorded
-    if base is None or not is_hub_id(base):
+    if not isinstance(base, str) or not is_hub_id(base):
         raise CheckpointError(
             f"{folder}: names {base!r} as its base, which others cannot load: name that CLIP's Hub id as base model."
         )
@@ -322,11 +341,17 @@ def _json(document: dict[str, Any]) -> bytes:
 
 
 def _shown_by_card(folder: Path, card: str, files: dict[str, Path | bytes]) -> dict[str, Path | bytes]:
-    """Pictures and other files of the folder that the card's text links to."""
-    root = folder.resolve()
-    linked = {(root / link).resolve() for link in re.findall(r"\]\(([^)#:]+)\)", card)}
-    inside = {path.relative_to(root).as_posix(): path for path in sorted(linked) if path.is_relative_to(root)}
-    return {name: path for name, path in inside.items() if path.is_file() and name not in files and name != CARD}
+    """Pictures and documents of the folder that the text of its own card links to; hidden files stay hidden."""
+    shown: dict[str, Path | bytes] = {}
+    for found in _LINKS.finditer(card):
+        link = next(filter(None, found.groups()), "")
+        name = posixpath.normpath(unquote(re.split("[?#]", link)[0]))
+        path = folder / name
+        if path.suffix.lower() not in _SHOWN or any(part[:1] in ("", ".") for part in name.split("/")):
+            continue
+        if os.path.isfile(path) and not leads_out(path, folder) and name not in files and name != CARD:
+            shown[name] = path
+    return shown
 
 
 def _is_stale(path: str, files: dict[str, Path | bytes]) -> bool:

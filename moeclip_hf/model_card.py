@@ -19,6 +19,7 @@ from moeclip_hf.data import find_benchmark
 from moeclip_hf.errors import CheckpointError
 from moeclip_hf.evaluation.results import METRICS, UNDEFINED, markdown_table
 from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
+from moeclip_hf.modeling.image_processing_moeclip import MoECLIPImageProcessor
 from moeclip_hf.pretrained import is_hub_id
 from moeclip_hf.registration import PIPELINE_TASK
 
@@ -83,7 +84,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         _ = document["date"], document["versions"]["moeclip-hf"]
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not the results.json of `moeclip evaluate` ({error}).") from error
     return document
 
@@ -97,7 +98,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path}: holds no settings but a {type(settings).__name__}.")
@@ -127,10 +128,9 @@ def compose_card(
             it is of an earlier push, perhaps of other weights, and goes where no evaluation takes its place.
 
     Raises:
-        CheckpointError: if the metadata of the present card cannot be read.
+        CheckpointError: if the recipe or the metadata of the present card cannot be read.
     """
-    path = folder / "recipe.json"
-    recipe = read_json(path) if path.exists() else {}
+    recipe = _read_recipe(folder)
     try:
         card = ModelCard(present) if present else None
         if card is None or _is_unfilled_template(card.text):
@@ -149,6 +149,19 @@ def compose_card(
         body = _body(folder, config, is_adapter, repo_id, facts, metadata, recipe)
         text = f"{before}{BEGIN}\n\n{body}\n\n{END}{after}"
     return f"---\n{metadata.to_yaml()}\n---\n\n{text}"
+
+
+def _read_recipe(folder: Path) -> dict[str, Any]:
+    """What a run recorded, where it did."""
+    path = folder / "recipe.json"
+    recipe = read_json(path) if path.exists() else {}
+    base, datasets = recipe.get("base_model"), recipe.get("datasets")
+    if not isinstance(base, str | None):
+        raise CheckpointError(f"{path}: base_model ({base!r}) is no name of a model: mend it, or leave it out.")
+    names = [datasets] if isinstance(datasets, str) else datasets or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path}: datasets ({datasets!r}) is no list of names: mend it, or leave it out.")
+    return recipe
 
 
 def _is_unfilled_template(text: str) -> bool:
@@ -275,7 +288,10 @@ part of moeclip-hf, Apache-2.0."""
 
 
 def _architecture(config: dict[str, Any], is_adapter: bool, processor: dict[str, Any]) -> str:
-    config = config if is_adapter else MoECLIPConfig.from_dict(config).to_dict()  # with what files may leave out
+    from moeclip_hf.tuner import MoELoraConfig
+
+    # With what files may leave out.
+    config = MoELoraConfig().to_dict() | config if is_adapter else MoECLIPConfig.from_dict(config).to_dict()
     rank = config["r"] if is_adapter else config["lora_rank"]
     rows = [
         ["", "value"],
@@ -300,7 +316,7 @@ def _architecture(config: dict[str, Any], is_adapter: bool, processor: dict[str,
         for name, label in (("feature_layers", "taps (from 1)"), ("aggregation_sizes", "windows of patch averages"))
         if name in taken
     ]
-    size = " x ".join(str(edge) for edge in processor["image_processor"]["size"].values())
+    size = " x ".join(map(str, MoECLIPImageProcessor.from_dict(processor["image_processor"]).size.values()))
     rows += [["input", f"{size} pixels"], ["domain", str(processor.get("domain", "industrial"))]]
     return markdown_table(rows)
 

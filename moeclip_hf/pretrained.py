@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import snapshot_download
 from transformers.utils import logging
 
 from moeclip_hf.errors import CheckpointError, MoECLIPError
@@ -18,7 +18,7 @@ from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
 from moeclip_hf.modeling.image_processing_moeclip import MoECLIPImageProcessor
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor, patch_maps
-from moeclip_hf.stored_weights import WEIGHT_DTYPES, check_weights, read_headers, refuse_non_finite
+from moeclip_hf.stored_weights import SAFETENSORS, WEIGHT_DTYPES, check_weights, read_headers, refuse_non_finite
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -137,21 +137,48 @@ def load_pretrained(
     folder = fetch_checkpoint(source, revision)
     # What was fetched is a commit's snapshot: from here on nothing is asked of the Hub.
     pinned = {} if Path(source).is_dir() else {"revision": folder.name, "local_files_only": True}
-    try:
+    with _told_of(source, folder):
         if is_adapter(folder):
             loaded = _load_adapter(source, folder, dtype)
         else:
             loaded = _load_full(source, folder, dtype, **pinned)
         loaded.config._commit_hash = pinned.get("revision")
-        processor = MoECLIPProcessor.from_pretrained(folder, trust_remote_code=False)
-        check_processor(source, processor)
-        _refuse_other_processor(source, processor, loaded.config)
+        processor = _load_processor(source, folder, loaded.config)
+    return Pretrained(loaded.eval().to(device), processor)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """
+    Refuse what would not load, as far as settings and the headers of weights tell: of an adapter without its base,
+    and not whether numbers are finite.
+
+    Args:
+        folder: from [`fetch_checkpoint`].
+
+    Raises:
+        CheckpointError: as [`load_pretrained`] does.
+    """
+    source = str(folder)
+    with _told_of(source, folder):
+        if is_adapter(folder):
+            from moeclip_hf.adapters import read_adapter
+
+            read_adapter(source, folder)
+            _load_processor(source, folder)
+        else:
+            _load_processor(source, folder, _check_full(source, folder))
+
+
+@contextmanager
+def _told_of(source: str, folder: Path) -> Iterator[None]:
+    """Have errors name a checkpoint as the user does, in one line."""
+    try:
+        yield
     except CheckpointError as error:
         raise CheckpointError(str(error).replace(str(folder), source)) from error
     except Exception as error:  # whatever a foreign or damaged checkpoint leads to
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{source}: cannot be loaded as a MoECLIP checkpoint: {reason}") from error
-    return Pretrained(loaded.eval().to(device), processor)
 
 
 def describe_computation(model: MoECLIPModel, processor: MoECLIPProcessor) -> dict[str, Any]:
@@ -246,16 +273,24 @@ def refuse_links(folder: Path) -> None:
     Raises:
         CheckpointError: naming the file.
     """
-    root = folder.resolve()
-    # Snapshots of the Hub's cache are links to what is stored beside them.
-    roots = [root] if root.parent.name != "snapshots" else [root.parent.parent, Path(constants.HF_HOME).resolve()]
     for file in folder.iterdir():
         if file.is_dir() or not any(fnmatch.fnmatch(file.name, pattern) for pattern in _READ_FILES):
             continue
-        if not any(file.resolve().is_relative_to(own) for own in roots):
+        if leads_out(file, folder):
             raise CheckpointError(f"{file}: links to {file.resolve()}, out of its folder: put the file itself there.")
         if not file.is_file():
             raise CheckpointError(f"{file}: is no file that can be read: put the file itself there.")
+
+
+def leads_out(file: Path, folder: Path) -> bool:
+    """Whether a file of a model's folder is a link to what is not the model's own."""
+    root = folder.resolve()
+    repository = root.parent.parent
+    own = [root]
+    # Snapshots of the Hub's cache are links to blobs beside them, and those to blobs that repositories share.
+    if root.parent.name == "snapshots" and repository.name.startswith("models--"):
+        own += [repository / "blobs", repository.parent / "blobs"]
+    return not any(file.resolve().is_relative_to(place) for place in own)
 
 
 def is_hub_id(name: str) -> bool:
@@ -301,16 +336,32 @@ def _load_adapter(source: str, folder: Path, dtype: torch.dtype) -> MoECLIPModel
 
 def _load_full(source: str, folder: Path, dtype: torch.dtype, **pinned: Any) -> MoECLIPModel:
     """A whole model, whose weights are just those that its configuration asks for, all of them finite."""
-    lacking = check_weights(source, read_headers(folder), MoECLIPModel, MoECLIPConfig.from_pretrained(folder))
+    _check_full(source, folder)
+    with quiet_transformers():
+        model = MoECLIPModel.from_pretrained(source, dtype=dtype, use_safetensors=True, **pinned)
+    refuse_non_finite(source, model.state_dict())
+    return model
+
+
+def _check_full(source: str, folder: Path) -> MoECLIPConfig:
+    """The configuration of a whole model, once the headers of its weights are just as that asks for."""
+    config = MoECLIPConfig.from_pretrained(folder)
+    lacking = check_weights(source, read_headers(folder, SAFETENSORS), MoECLIPModel, config)
     if lacking:
         raise CheckpointError(
             f"{source}: lacks {len(lacking)} of MoECLIP's weights ({lacking[0]}, ...): a plain CLIP has to be "
             "trained, or joined with an adapter by `moeclip convert`, before it can score images."
         )
-    with quiet_transformers():
-        model = MoECLIPModel.from_pretrained(source, dtype=dtype, use_safetensors=True, **pinned)
-    refuse_non_finite(source, model.state_dict())
-    return model
+    return config
+
+
+def _load_processor(source: str, folder: Path, config: MoECLIPConfig | None = None) -> MoECLIPProcessor:
+    """A processor that can be used and, where the configuration is told, is this model's."""
+    processor = MoECLIPProcessor.from_pretrained(folder, trust_remote_code=False)
+    check_processor(source, processor)
+    if config is not None:
+        _refuse_other_processor(source, processor, config)
+    return processor
 
 
 def check_processor(source: str, processor: MoECLIPProcessor) -> None:

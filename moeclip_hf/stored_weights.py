@@ -20,12 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from moeclip_hf.errors import CheckpointError
 
 # In the order in which transformers looks for them.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+WEIGHT_FILES = (*SAFETENSORS, "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 # How the names of what a MoECLIP has beside its CLIP begin.
@@ -54,17 +50,15 @@ def read_headers(folder: Path, names: Sequence[str] = WEIGHT_FILES) -> dict[str,
 
     Args:
         folder: of a model or an adapter; safetensors, in one file or several, or PyTorch files.
-        names: of the file, the first of which that is there is read.
+        names: as of [`weight_files`].
 
     Raises:
-        CheckpointError: there are none, one is damaged or would run code, or an index names files elsewhere.
+        CheckpointError: as [`weight_files`] does, or if a file is damaged or would run code.
     """
-    file = next((folder / name for name in names if (folder / name).is_file()), None)
-    if file is None:
-        raise CheckpointError(f"{folder}: holds no weights: {names[0]} is missing.")
-    files = _indexed_files(file) if file.suffix == ".json" else [file]
     headers: dict[str, StoredTensor] = {}
-    for part in files:
+    for part in weight_files(folder, names):
+        if part.suffix == ".json":
+            continue
         try:
             headers |= _read_header(part)
         except pickle.UnpicklingError as error:
@@ -73,6 +67,30 @@ def read_headers(folder: Path, names: Sequence[str] = WEIGHT_FILES) -> dict[str,
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"{part}: is missing, damaged or cut short ({reason}): fetch it anew.") from error
     return headers
+
+
+def weight_files(folder: Path, names: Sequence[str] = WEIGHT_FILES) -> list[Path]:
+    """
+    Find the files that transformers would load a folder's weights from: one, or an index and those that it names.
+
+    Args:
+        folder: of a model or an adapter.
+        names: of the file or index, the first of which that is there is taken.
+
+    Raises:
+        CheckpointError: there are none, or two sets of them, or an index is none or names files elsewhere.
+    """
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{folder}: holds no weights: {names[0]} is missing.")
+    if (
+        index := folder / f"{file.name}.index.json"
+    ).is_file():  # saving in several files leaves the one that was there
+        raise CheckpointError(
+            f"{folder}: holds weights twice, in {file.name} and in the files of {index.name}: delete those that are "
+            "out of date."
+        )
+    return [file, *_indexed_files(file)] if file.suffix == ".json" else [file]
 
 
 def describe_unpickling(error: pickle.UnpicklingError) -> str:

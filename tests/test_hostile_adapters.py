@@ -1,5 +1,6 @@
 """Adapters that lie, or whose bases do: each is refused by name in one line, soon, and nothing of it is run."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from spoiled_models import (
 
 from moeclip_hf.adapters import full_to_adapter, load_adapter
 from moeclip_hf.errors import CheckpointError
+from moeclip_hf.hub import write_repository
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
 
 pytestmark = pytest.mark.usefixtures("bounded_memory")
@@ -85,7 +87,7 @@ ADAPTERS: dict[str, tuple[Spoil, str]] = {
         adapter_config(base_settings__attn_implementation="kernels-community/evil"),
         "attn_implementation .* is no setting that an adapter relies on",
     ),
-    "settings that are none": (adapter_config(base_settings=[1]), "cannot be loaded as the base"),
+    "settings that are none": (adapter_config(base_settings=[1]), "is not a MoE-LoRA adapter made over"),
     "a list": (content("adapter_config.json", lambda b: b"[]"), "cannot be read as an adapter"),
     "weights elsewhere": (linked_out(ADAPTER_WEIGHTS), "out of its folder"),
     "a base that is not there": (adapter_config(base_model_name_or_path="/nowhere"), "/nowhere: cannot be loaded as"),
@@ -98,6 +100,29 @@ def test_an_adapter_that_lies_is_refused_by_name(adapter, spoil, message):
     with pytest.raises(CheckpointError, match=message) as error:
         load_pretrained(adapter, device="cpu")
     assert_told(error.value, adapter)
+
+
+PUBLISHED = ["no experts", "a file cut short", "a huge rank", "text for a number", "an unknown type", "a list"]
+PUBLISHED += ["settings that are none"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_settings_and_headers_tell_keeps_an_adapter_from_being_published(adapter, tmp_path, name):
+    ADAPTERS[name][0](adapter)
+    with pytest.raises(CheckpointError) as error:
+        write_repository(adapter, tmp_path / "repository", "ann/it", base_model="ann/clip")
+    assert_told(error.value, adapter)
+    assert not (tmp_path / "repository").exists()
+
+
+def test_the_card_tells_what_an_adapters_settings_leave_to_their_defaults(adapter, tmp_path):
+    document = json.loads((adapter / "adapter_config.json").read_text())
+    for name in ("use_fofs", "num_experts_per_tok"):
+        del document[name]
+    (adapter / "adapter_config.json").write_text(json.dumps(document))
+    write_repository(adapter, tmp_path / "repository", "ann/it", base_model="ann/clip")
+    card = (tmp_path / "repository" / "README.md").read_text()
+    assert ", 2 a token |\n| FOFS | yes |" in card
 
 
 def test_an_adapter_of_pickles_is_not_read(adapter, tmp_path):

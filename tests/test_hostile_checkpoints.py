@@ -1,6 +1,7 @@
 """Checkpoints that lie: each is refused by name in one line, soon, and nothing of it is run."""
 
 import io
+import json
 import shutil
 import struct
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from spoiled_models import (
     ADAPTER_WEIGHTS,
     HUGE,
@@ -52,6 +55,16 @@ def adapter_beside(**changes: Any) -> Spoil:
     return spoil
 
 
+def saved_in_parts_since(folder: Path) -> None:
+    """Lay newer weights beside old ones, as transformers' `save_pretrained(max_shard_size=...)` does."""
+    shutil.copy(folder / WEIGHTS, folder / "model-00001-of-00001.safetensors")
+    index = {
+        "metadata": {},
+        "weight_map": dict.fromkeys(load_file(folder / WEIGHTS), "model-00001-of-00001.safetensors"),
+    }
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
 BOTH = r"holds both config\.json, of a model, and adapter_config\.json, of an adapter: put the adapter's files"
 
 CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
@@ -72,6 +85,14 @@ CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
     "an empty file": (content(WEIGHTS, lambda b: b""), "damaged or cut short"),
     "a header that lies": (content(WEIGHTS, lambda b: struct.pack("<Q", 1 << 40) + b[8:]), "damaged or cut short"),
     "a shard elsewhere": (indexed_outside, r"names '\.\./outside-model.safetensors', which is not in its own folder"),
+    "a part without its index": (
+        lambda folder: (folder / WEIGHTS).rename(folder / "model-00001-of-00002.safetensors"),
+        r"holds no weights: model\.safetensors is missing",
+    ),
+    "weights of two saves": (
+        saved_in_parts_since,
+        r"twice, in model\.safetensors and in the files of model\.safetensors\.index\.json: delete those",
+    ),
     # Sizes that would take gigabytes, or hours
     "a huge vocabulary": (config(text_config__vocab_size=HUGE), r"vocab_size \(1000000000\)"),
     "a likely vocabulary that is not there": (
@@ -157,10 +178,20 @@ def test_a_checkpoint_that_lies_is_refused_by_name(checkpoint, spoil, message):
     assert_told(error.value, checkpoint)
 
 
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name not in ("NaN", "infinity")])
+def test_what_settings_and_headers_tell_keeps_a_checkpoint_from_being_published(checkpoint, tmp_path, name):
+    CHECKPOINTS[name][0](checkpoint)
+    with pytest.raises(CheckpointError) as error:
+        write_repository(checkpoint, tmp_path / "repository", "ann/it")
+    assert_told(error.value, checkpoint)
+    assert not (tmp_path / "repository").exists()
+
+
 TO_TRAIN_ON = ["NaN", "a likely vocabulary that is not there", "a huge depth", "kernels to run", "weights elsewhere"]
+TO_TRAIN_ON += ["a shard elsewhere", "a header that lies", "weights of two saves", "an adapter beside it"]
 
 
-@pytest.mark.parametrize("name", [*TO_TRAIN_ON, "a shard elsewhere", "a header that lies", "an adapter beside it"])
+@pytest.mark.parametrize("name", TO_TRAIN_ON)
 def test_training_does_not_start_from_a_checkpoint_that_lies(checkpoint, name):
     spoil, message = CHECKPOINTS[name]
     spoil(checkpoint)
@@ -207,6 +238,10 @@ def test_a_checkpoint_loads_with_links_of_its_own_and_the_hubs_cache(checkpoint,
     for file in EMBEDDED_CHECKPOINT.iterdir():
         shutil.copy(file, blobs / file.name)
         (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    shared = tmp_path / "blobs" / "ab" / "abcd"  # by repositories that hold the same weights
+    shared.parent.mkdir(parents=True)
+    (blobs / WEIGHTS).rename(shared)
+    (blobs / WEIGHTS).symlink_to(Path("../../blobs/ab/abcd"))
     assert load_pretrained(snapshot, device="cpu").model.config.name_or_path == str(snapshot)
 
 
@@ -218,6 +253,33 @@ def test_what_a_link_leads_to_is_not_published(checkpoint, tmp_path, file):
     with pytest.raises(CheckpointError, match="secret, out of its folder"):
         write_repository(checkpoint, tmp_path / "repository", "ann/it")
     assert not (tmp_path / "repository").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "link"),
+    [
+        ("snapshots/model", "../../.ssh/id_rsa"),
+        ("snapshots/model", "../../hf/token"),
+        ("hf/hub/models--ann--it/snapshots/0123", "../../../../token"),
+        ("hf/hub/models--ann--it/snapshots/0123", "../../../models--ann--secret/blobs/secret"),
+        ("hf/hub/models--ann--it/snapshots/0123", "../../blobs/id_rsa"),
+    ],
+)
+def test_a_folder_that_is_called_or_lies_as_in_the_hubs_cache_publishes_no_other_file(
+    checkpoint, tmp_path, monkeypatch, folder, link
+):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))
+    for secret in (".ssh/id_rsa", "hf/token", "hf/hub/models--ann--secret/blobs/secret"):
+        (tmp_path / secret).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / secret).write_text("secret")
+    folder = shutil.copytree(checkpoint, tmp_path / folder)
+    blobs = tmp_path / "hf/hub/models--ann--it/blobs"
+    blobs.parent.mkdir(exist_ok=True)
+    blobs.symlink_to(tmp_path / ".ssh")
+    (folder / "LICENSE").symlink_to(link)
+    assert (folder / "LICENSE").read_text() == "secret"
+    with pytest.raises(CheckpointError, match=r"LICENSE: links to .*, out of its folder"):
+        write_repository(folder, tmp_path / "repository", "ann/it")
 
 
 # Code

@@ -114,6 +114,10 @@ CLIPS: dict[str, tuple[Spoil, str]] = {
     "whole numbers": (weights(lambda t: t.update(logit_scale=torch.tensor(1))), "1 of another type"),
     "NaN": (weights(lambda t: t["logit_scale"].fill_(float("nan"))), r"1 non-finite \(logit_scale\)"),
     "weights elsewhere": (linked_out(WEIGHTS), "out of its folder"),
+    "weights of two saves": (
+        lambda folder: (folder / f"{WEIGHTS}.index.json").write_text("{}"),
+        r"twice, in model\.safetensors and in the files of model\.safetensors\.index\.json: delete those",
+    ),
     "a list": (content("config.json", lambda b: b"[]"), "cannot be loaded as a CLIP"),
 }
 

@@ -182,6 +182,53 @@ def test_a_card_of_the_users_keeps_its_text_and_metadata(checkpoint, results, tm
     assert "secret.txt" not in {path.name for path in (tmp_path / "repository").rglob("*")}
 
 
+@pytest.mark.parametrize(
+    ("link", "name"),
+    [
+        ("![a](a%20b.png)", "a b.png"),
+        ("![a](<a b.png>)", "a b.png"),
+        ('![t](t.png "title")', "t.png"),
+        ("[c]( ok.png )", "ok.png"),
+        ("[![c](t.png)](Papers/it.PDF#page=2)", "Papers/it.PDF"),
+        ("[c](it(1).png)", "it(1).png"),
+        ("[c][1]\n\n[1]: ./ok.png", "ok.png"),
+        ('<img width="4" src="h.png">', "h.png"),
+        ("<IMG alt='it' src=h.png>", "h.png"),
+        ("<a href='a b.png'>it</a>", "a b.png"),
+        ("![link to a picture](link.png)", "link.png"),
+    ],
+)
+def test_a_picture_is_published_however_the_folders_card_shows_it(checkpoint, tmp_path, link, name):
+    (checkpoint / "README.md").write_text(f"Mine: {link}\n")
+    (checkpoint / "Papers").mkdir()
+    (checkpoint / "picture.png").touch()
+    (checkpoint / "link.png").symlink_to("picture.png")
+    (checkpoint / name).write_bytes(b"a picture")
+    written(checkpoint, tmp_path)
+    assert (tmp_path / "repository" / name).read_bytes() == b"a picture"
+
+
+@pytest.mark.parametrize("name", [".env", ".notes.txt", ".git/it.md", "keys.json", "optimizer.pt", "data.csv"])
+def test_a_card_publishes_pictures_and_documents_alone(checkpoint, tmp_path, name):
+    (checkpoint / "README.md").write_text(
+        f"[it]({name}) [far](http://[) [no](%00.png) [long]({'a' * 300}.png) [](/)\n"
+    )
+    (checkpoint / ".git").mkdir()
+    (checkpoint / name).write_bytes(b"mine")
+    written(checkpoint, tmp_path)
+    assert not (tmp_path / "repository" / name).exists()
+
+
+def test_the_card_of_a_repository_does_not_say_which_files_of_the_disk_are_published(checkpoint):
+    (checkpoint / "notes.txt").write_text("mine")
+    card = "# Somebody's\n\n[notes](notes.txt)\n"
+    files = repository_files(checkpoint, "ann/moeclip", CardFacts(), card)
+    assert card.encode() in files["README.md"]
+    assert "notes.txt" not in files
+    (checkpoint / "README.md").write_text(card)
+    assert "notes.txt" in repository_files(checkpoint, "ann/moeclip", CardFacts())
+
+
 def test_what_stands_outside_of_the_marks_stays_and_the_rest_is_written_anew(checkpoint, results, tmp_path):
     (checkpoint / "README.md").write_text(f"# Mine\n\n{BEGIN}\nold\n{END}\n\nMine, too.\n")
     _, text = written(checkpoint, tmp_path)
@@ -218,10 +265,53 @@ def test_a_card_whose_metadata_cannot_be_read_is_told(checkpoint, tmp_path, meta
 
 @pytest.mark.parametrize("name", ["config.json", "processor_config.json", "recipe.json"])
 def test_a_damaged_file_is_named(checkpoint, tmp_path, name):
-    for damaged, words in (("{", "cannot be read as JSON"), ("[]", "holds no settings but a list")):
+    faults = {
+        "{": "cannot be read as JSON",
+        "[]": "holds no settings but a list",
+        "[" * 100_000: "cannot be read as JSON",
+    }
+    for damaged, words in faults.items():
         (checkpoint / name).write_text(damaged)
         with pytest.raises(CheckpointError, match=rf"{name}: {words}"):
             written(checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("recipe.json", {"base_model": 5}, r"recipe\.json: base_model \(5\) is no name of a model: mend it"),
+        ("recipe.json", {"datasets": 5}, r"recipe\.json: datasets \(5\) is no list of names: mend it"),
+        ("recipe.json", {"datasets": ["visa", 5]}, r"recipe\.json: datasets \(\['visa', 5\]\) is no list of names"),
+        ("processor_config.json", {"image_processor": None}, "has no processor of a MoECLIP: save it there"),
+    ],
+)
+def test_settings_of_another_kind_are_told_with_their_file_and_remedy(checkpoint, tmp_path, name, settings, words):
+    document = json.loads((checkpoint / name).read_text())
+    (checkpoint / name).write_text(json.dumps(document | settings))
+    with pytest.raises(CheckpointError, match=words):
+        written(checkpoint, tmp_path)
+
+
+def test_the_card_tells_the_size_that_a_processor_leaves_to_its_default(checkpoint, tmp_path):
+    document = json.loads((checkpoint / "processor_config.json").read_text())
+    del document["image_processor"]["size"]
+    (checkpoint / "processor_config.json").write_text(json.dumps(document))
+    size = load_pretrained(checkpoint, device="cpu").processor.image_processor.size["height"]
+    assert f"| input | {size} x {size} pixels |" in written(checkpoint, tmp_path)[1]
+
+
+def test_weights_are_published_that_would_be_loaded_and_no_others(checkpoint, pretrained, tmp_path):
+    (checkpoint / "model-00001-of-00002.safetensors").write_bytes(b"left by an earlier save")
+    written(checkpoint, tmp_path)
+    published = {path.name for path in (tmp_path / "repository").glob("model*.safetensors*")}
+    assert published == {"model.safetensors"}
+    pretrained.model.save_pretrained(tmp_path / "parts", max_shard_size="1MB")
+    pretrained.processor.save_pretrained(tmp_path / "parts")
+    saved = {path.name for path in (tmp_path / "parts").glob("model*.safetensors*")}
+    assert len(saved) > 2
+    written(tmp_path / "parts", tmp_path)
+    assert {path.name for path in (tmp_path / "repository").glob("model*.safetensors*")} == saved
+    load_pretrained(tmp_path / "repository", device="cpu")
 
 
 def test_an_adapter_names_its_base_and_replaces_the_template_that_peft_left(pretrained, tmp_path):

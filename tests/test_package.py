@@ -38,7 +38,9 @@ def test_wheel_and_sdist_hold_the_whole_package(distributions):
     assert any(name.startswith("moeclip_hf/checkpoints/") and name.endswith(".safetensors") for name in names)
     assert not any(name.startswith(("tests/", "modeling/", "conversion/")) for name in names)
     with tarfile.open(distributions["sdist"]) as sdist:
-        assert any(name.endswith("/modeling/modeling_moeclip.py") for name in sdist.getnames())
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert "modeling/modeling_moeclip.py" in names
+    assert not any(name.startswith("tests") for name in names), "tests without all that they need"
 
 
 def test_the_wheel_works_in_a_fresh_environment_and_another_folder(distributions, tmp_path):
