@@ -180,6 +180,7 @@ def test_a_class_name_is_no_markup(images, tmp_path):
         ["x.png", "--maps", "gif"],
         ["x.png", "--threshold", "nan"],
         ["x.png", "--threshold", "5"],
+        ["x.png", "--image-size", "9000"],
     ],
 )
 def test_wrong_usage_ends_with_status_2(arguments, tmp_path):

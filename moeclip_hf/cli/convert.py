@@ -77,7 +77,10 @@ def released(
     image_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Pixels that images are resized to.", show_default="518 for patch 14 at 336, else the CLIP's"
+            min=1,
+            max=8192,
+            help="Pixels that images are resized to.",
+            show_default="518 for patch 14 at 336, else the CLIP's",
         ),
     ] = None,
     moe_layers: Annotated[

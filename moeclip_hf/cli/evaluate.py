@@ -57,7 +57,8 @@ def evaluate(
     ),
     pictures: Annotated[bool, typer.Option(help="Draw curves, and the images it went best and worst on.")] = True,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Edge that images and masks are resized to.", show_default="the model's")
+        int | None,
+        typer.Option(min=1, max=8192, help="Edge that images and masks are resized to.", show_default="the model's"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images computed at once, a process.")] = 8,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.", show_default="the best there is")] = None,

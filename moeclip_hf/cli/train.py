@@ -47,8 +47,8 @@ def _recipe(help: str, *names: str) -> Any:
     return typer.Option(*names, help=help, show_default="the recipe's", rich_help_panel="Recipe")
 
 
-def _model(help: str) -> Any:
-    return typer.Option(help=help, show_default="the checkpoint's", rich_help_panel="Model")
+def _model(help: str, min: int | None = None, max: int | None = None) -> Any:
+    return typer.Option(help=help, min=min, max=max, show_default="the checkpoint's", rich_help_panel="Model")
 
 
 def _run(help: str, *names: str, min: int | None = None) -> Any:
@@ -120,7 +120,7 @@ def train(
     shared_projections: Annotated[bool | None, _model("One projection a tap.")] = None,
     projection_activation: Annotated[str | None, _model("Activation behind the projections of patches.")] = None,
     image_feature_layer: Annotated[int | None, _model("Tap that the image embedding is made from.")] = None,
-    image_size: Annotated[int | None, _model("Pixels that images are resized to.")] = None,
+    image_size: Annotated[int | None, _model("Pixels that images are resized to.", min=1, max=8192)] = None,
     max_steps: Annotated[int, _run("End after so many steps, whatever the epochs; -1 for never.")] = -1,
     seed: Annotated[int, _run("Decides on everything random.")] = 0,
     resume: Annotated[bool, _run("Go on from the last checkpoint in the output folder.", "--resume")] = False,
