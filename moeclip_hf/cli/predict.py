@@ -134,9 +134,6 @@ def predict(
     """
     tile_size = _tile_size(tile, tile_overlap)
 
-    import warnings
-
-    from PIL import Image
     from transformers.utils import logging
 
     from moeclip_hf.prediction import find_images, input_size
@@ -145,7 +142,6 @@ def predict(
     from moeclip_hf.tiling import Tiling
 
     logging.disable_progress_bar()
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # up to twice as many pixels are read all the same
     paths = find_images(images, exclude=output_dir)
     if overlays or maps:
         output_dir.mkdir(parents=True, exist_ok=True)  # now rather than after an hour
