@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -12,6 +12,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 ImageLike = Image.Image | np.ndarray | torch.Tensor | str | Path
 
@@ -23,7 +26,10 @@ LARGEST_ASPECT_RATIO = 8
 # The method feeds OpenAI's ViT-L/14 of 336 pixels with 518, a grid of 37 x 37 patches.
 _METHOD_SIZE = 518
 _MIN_GRID = 3
-_SIXTEEN_TO_EIGHT_BITS = 257
+# Tags of TIFFs that PIL heeds in images of 8 bits alone.
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+# Cameras of 10 or 12 bits fill 16 from below with them.
+_DIM = 1 << 12
 # How far resampling leads floats beyond their range of 0 to 1.
 _OVERSHOOT = 0.25
 
@@ -188,16 +194,18 @@ def _reason(error: Exception) -> str:
     return " ".join(str(said or error).split()) or type(error).__name__
 
 
-def to_rgb(image: ImageLike, name: str | None = None) -> Image.Image:
+def to_rgb(image: ImageLike, name: str | None = None, upright: bool = False) -> Image.Image:
     """
     Make an 8-bit RGB image of anything that is an image.
 
     Transparent pixels are laid over white, 16-bit and floating-point ones are brought to 8 bits, grey, palette and
     CMYK ones are converted. A path is opened by [`open_image`], which turns it upright; a PIL image is taken as it is.
+    Values of 16 bits that are all below 4096 are taken as they are as well, with a warning.
 
     Args:
         image: a PIL image, a path, an array or a tensor.
-        name (`str`, *optional*): what errors call it; by default the path.
+        name (`str`, *optional*): what errors and warnings call it; by default the path.
+        upright (`bool`): turn a PIL image as well, as its EXIF orientation tells.
 
     Raises:
         ValueError: for what is no image, or holds values outside its range.
@@ -205,35 +213,51 @@ def to_rgb(image: ImageLike, name: str | None = None) -> Image.Image:
     if isinstance(image, (str, Path)):
         return to_rgb(open_image(image, name), name or str(image))
     try:
-        return _converted(image)
+        return _converted(image, name or "An image", upright)
     except ValueError as error:
         raise ValueError(f"{name}: {error}" if name else str(error)) from error
     except MemoryError as error:
         raise ValueError(f"{name or 'An image'}: too large for the memory of this machine.") from error
 
 
-def _converted(image: Any) -> Image.Image:
+def _converted(image: Any, name: str, upright: bool) -> Image.Image:
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
     if isinstance(image, np.ndarray):
-        image = _from_array(image)
+        image = _from_array(image, name)
     if not isinstance(image, Image.Image):
         raise ValueError(f"A {type(image).__name__} is no image: pass a PIL image, a path, an array or a tensor.")
+    tags = getattr(image, "tag_v2", {})  # a TIFF's; what is made of it has them no more
     try:
         image.load()  # it may have been opened, and no more
+        if upright:
+            image = ImageOps.exif_transpose(image)
     except Exception as error:  # decoders raise whatever a damaged file leads them to
         raise ValueError(f"An image cannot be decoded ({_reason(error)}).") from error
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):
-        image = _from_array(_as_sixteen_bits(np.array(image)))
-    elif image.mode == "F":
-        image = _from_array(np.array(image))
+    if image.mode.startswith(("I", "F")):
+        image = _from_deep(image, tags, name)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _from_deep(image: Image.Image, tags: Mapping[int, Any], name: str) -> Image.Image:
+    """Make a grey image of one with more than 8 bits, which PIL hands out as stored: 12 bits in 16, white as 0."""
+    values = np.array(image)
+    if image.mode == "F":
+        grey = _to_eight_bits(values, name)
+    else:
+        bits = min(16, *tags.get(_BITS_PER_SAMPLE, (16,)))
+        grey = _to_eight_bits(_as_sixteen_bits(values), name, bits)
+    if tags.get(_PHOTOMETRIC) == 0:
+        grey = 255 - grey
+    if "transparency" in image.info:
+        grey = np.where(values == image.info["transparency"], 255, grey).astype(np.uint8)
+    return Image.fromarray(grey)
 
 
 def _as_sixteen_bits(values: np.ndarray) -> np.ndarray:
@@ -244,7 +268,7 @@ def _as_sixteen_bits(values: np.ndarray) -> np.ndarray:
     return values.astype(np.uint16)
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
     """Make a PIL image of H x W, H x W x C or C x H x W values with 1, 3 or 4 channels."""
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)
@@ -252,15 +276,15 @@ def _from_array(array: np.ndarray) -> Image.Image:
         array = array[..., 0]
     if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
         raise ValueError(f"An array of shape {array.shape} is no image: it must be H x W or hold 1, 3 or 4 channels.")
-    return Image.fromarray(_to_eight_bits(array))
+    return Image.fromarray(_to_eight_bits(array, name))
 
 
-def _to_eight_bits(array: np.ndarray) -> np.ndarray:
+def _to_eight_bits(array: np.ndarray, name: str, bits: int = 16) -> np.ndarray:
     """
     Bring an array's values to 0 to 255.
 
-    The type tells the range, not the values: uint16 spans 16 bits, other integers 8. Floats span 0 to 1, over which
-    resampling may shoot by a little, or 0 to 255 where they go beyond that.
+    The type tells the range, not the values: uint16 spans 16 bits, or those that a header tells, other integers 8.
+    Floats span 0 to 1, over which resampling may shoot by a little, or 0 to 255 where they go beyond that.
     """
     if array.dtype.kind not in "buif":
         raise ValueError(f"An array of {array.dtype} is no image: it must hold numbers.")
@@ -272,7 +296,9 @@ def _to_eight_bits(array: np.ndarray) -> np.ndarray:
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("An image holds NaN or infinite values.")
     if array.dtype.newbyteorder("=") == np.uint16:
-        return np.rint(array / _SIXTEEN_TO_EIGHT_BITS).astype(np.uint8)
+        if bits == 16 and 0 < high < _DIM:
+            logger.warning_once(f"{name}: looks like 10 or 12 bits in 16 (it reaches {high:g}): scale it to 65535.")
+        return np.rint(array / ((2**bits - 1) / 255)).astype(np.uint8)
     if np.issubdtype(array.dtype, np.floating) and low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT:
         return np.rint(array.clip(0, 1) * 255).astype(np.uint8)
     if low < 0 or high > 255:

@@ -4,6 +4,7 @@ import base64
 import os
 from http.client import HTTPException
 from io import BytesIO
+from numbers import Real
 from typing import Any
 from urllib.request import Request, urlopen
 
@@ -12,9 +13,12 @@ import torch
 from PIL import Image
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines.base import Pipeline
+from transformers.utils import logging
 
 from .image_processing_moeclip import ImageLike, open_image, to_rgb
 from .modeling_moeclip import MoECLIPOutput
+
+logger = logging.get_logger(__name__)
 
 # Anchors of so many class names are kept at most; where names come from strangers, there is no end to them.
 _MAX_ANCHORS = 1024
@@ -61,7 +65,8 @@ class ZeroShotAnomalyDetectionPipeline(Pipeline):
 
         Args:
             inputs: an image or several: a path, a URL, base64 (also as a `data:` URI), the bytes of a file, a PIL
-                image, an array or a tensor; or a dict with such an `image` and its `class_name`. A list, a generator
+                image (turned upright as its EXIF tells, like a file), an array or a tensor; or a dict with such an
+                `image` and its `class_name`, such as a data set's row, of which no more is read. A list, a generator
                 or a torch data set of them.
             class_name (`str`, *optional*, defaults to "object"): what the images show, such as "metal nut".
             threshold (`float`, *optional*): a score from here on is a verdict of anomalous, 0 to 1; by default the
@@ -79,8 +84,10 @@ class ZeroShotAnomalyDetectionPipeline(Pipeline):
             `map` (`torch.Tensor` of the image's (H, W), 0 to 1) and `heatmap` (the map as a grey PIL image, 0 to 255).
 
         Raises:
-            ValueError: for what is no image or no class name.
+            ValueError: for what is no image, no class name or no threshold.
         """
+        if isinstance(inputs, list) and not inputs:  # of which transformers would look at the first
+            return []
         return super().__call__(inputs, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -100,6 +107,13 @@ class ZeroShotAnomalyDetectionPipeline(Pipeline):
         pixel_threshold: float | None = None,
         timeout: float | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if class_name is not None:
+            _check_class_name(class_name)
+        for name, value in (("threshold", threshold), ("pixel_threshold", pixel_threshold)):
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            if value is not None and not (is_number and 0 <= value <= 1):
+                raise ValueError(f"{name} is a number from 0 to 1, not {str(value)[:40]!r}.")
+
         def given(**parameters: Any) -> dict[str, Any]:
             return {name: value for name, value in parameters.items() if value is not None}
 
@@ -114,7 +128,12 @@ class ZeroShotAnomalyDetectionPipeline(Pipeline):
     ) -> dict[str, list[Any]]:
         """Pixels, class name and size of an image, in lists of one, so that images of unlike shapes make a batch."""
         if isinstance(inputs, dict):
+            if "image" not in inputs:
+                raise ValueError(f"A dict holds an image and perhaps its class_name, not {str(list(inputs))[:200]}.")
+            if others := inputs.keys() - {"image", "class_name"}:  # of a data set's row
+                logger.warning_once(f"Of a dict image and class_name are read, and not {str(sorted(others))[:200]}.")
             inputs, class_name = inputs["image"], inputs.get("class_name", class_name)
+            _check_class_name(class_name)
         image = read_image(inputs, timeout)
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"]
         return {"pixel_values": list(pixels), "class_names": [class_name], "sizes": [(image.height, image.width)]}
@@ -164,14 +183,15 @@ def read_image(image: ImageLike | bytes, timeout: float | None = None) -> Image.
     Read an image, wherever it is, upright and in RGB.
 
     Args:
-        image: a path, a URL, base64, the bytes of a file, a PIL image, an array or a tensor.
+        image: a path, a URL, base64, the bytes of a file, a PIL image (which is turned as a file would be), an array
+            or a tensor.
         timeout (`float`, *optional*): seconds to wait for a URL.
 
     Raises:
         ValueError: for what is not there, or is no image.
     """
     if isinstance(image, str) and image.startswith(("http://", "https://")):
-        return to_rgb(open_image(BytesIO(_download(image, timeout)), image))
+        return to_rgb(open_image(BytesIO(_download(image, timeout)), image), image)
     if isinstance(image, str) and not os.path.isfile(image):
         name = image if len(image) <= 200 else f"{image[:40]}..."
         try:
@@ -179,8 +199,16 @@ def read_image(image: ImageLike | bytes, timeout: float | None = None) -> Image.
         except ValueError:
             raise ValueError(f"{name}: no such file, and neither a URL nor base64 of an image.") from None
     if isinstance(image, bytes):
-        return to_rgb(open_image(BytesIO(image), "bytes"))
-    return to_rgb(image)
+        return to_rgb(open_image(BytesIO(image), "bytes"), "bytes")
+    return to_rgb(image, upright=True)
+
+
+def _check_class_name(name: Any) -> None:
+    if not isinstance(name, str):
+        kind = type(name).__name__
+        raise ValueError(
+            f"class_name is a text, not a {kind}: for a class an image, pass dicts of image and class_name."
+        )
 
 
 def _download(url: str, timeout: float | None) -> bytes:

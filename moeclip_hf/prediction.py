@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from moeclip_hf.data.layouts import IMAGE_SUFFIXES
+from moeclip_hf.data.layouts import IMAGE_SUFFIXES, tell_passed_over
 from moeclip_hf.errors import MoECLIPError, MoECLIPWarning, UnreadableImageError
 from moeclip_hf.modeling.image_processing_moeclip import image_size, to_rgb
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor, find_regions, read_scores, upsample
@@ -119,12 +119,9 @@ def _images_below(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise MoECLIPError(f"{error.filename}: cannot be searched for images ({error.strerror}).")
 
-    return sorted(
-        Path(found) / name
-        for found, _, names in os.walk(folder, onerror=refuse)
-        for name in names
-        if Path(name).suffix.lower() in IMAGE_SUFFIXES
-    )
+    files = [Path(found) / name for found, _, names in os.walk(folder, onerror=refuse) for name in names]
+    tell_passed_over(folder, (file.name for file in files))
+    return sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _is_folder(path: Path) -> bool:

@@ -94,12 +94,25 @@ def _grey_files() -> Iterator[ImageFile]:
         ("float-to-255.tif", grey.astype(np.float32), "TIFF"),
     ):
         yield ImageFile(name, encode(Image.fromarray(values), file_format), picture)
+    yield ImageFile("twelve-bits.tif", _grey_tiff(np.rint(grey * (4095 / 255)).astype(np.uint16), 12), picture)
+    yield ImageFile("white-is-zero.tif", _grey_tiff(65535 - sixteen, 16, white_is_zero=True), picture)
     header = b"P5\n%d %d\n65535\n" % (WIDTH, HEIGHT)
     yield ImageFile("sixteen-bits.pgm", header + sixteen.astype(">u2").tobytes(), picture)
     bits = np.where(grey > 127, 255, 0).astype(np.uint8)
     lines = np.repeat(bits[..., np.newaxis], 3, axis=2)
     yield ImageFile("one-bit.png", encode(Image.fromarray(bits).convert("1"), "PNG"), lines)
     yield ImageFile("fax.tif", encode(Image.fromarray(bits).convert("1"), "TIFF", compression="group4"), lines)
+
+
+def _grey_tiff(values: np.ndarray, bits: int, white_is_zero: bool = False) -> bytes:
+    """A TIFF as cameras write it, which PIL does not: of 12 bits, two values in three bytes, or with white as 0."""
+    height, width = values.shape
+    digits = (values[..., np.newaxis] >> np.arange(bits)[::-1]) & 1
+    data = np.packbits(digits).tobytes() if bits == 12 else values.astype("<u2").tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: int(not white_is_zero), 273: 8, 277: 1, 278: height}
+    tags[279] = len(data)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
 def _transparent_files() -> Iterator[ImageFile]:
@@ -115,6 +128,10 @@ def _transparent_files() -> Iterator[ImageFile]:
     with_opacity = Image.merge("LA", (Image.fromarray(grey), Image.fromarray(opacity)))
     shown = np.where(opacity == 255, grey, 255)[..., np.newaxis].repeat(3, axis=2)
     yield ImageFile("transparent-grey.png", encode(with_opacity, "PNG"), shown)
+    sixteen = grey.astype(np.uint16) * 257
+    content = encode(Image.fromarray(sixteen), "PNG", transparency=int(sixteen[3, 4]))
+    shown = np.where(grey == grey[3, 4], 255, grey)[..., np.newaxis].repeat(3, axis=2)
+    yield ImageFile("transparent-sixteen-bits.png", content, shown)
     palette = Image.fromarray(picture).quantize(16)
     indices, colours = np.asarray(palette), np.asarray(palette.convert("RGB"))
     shown = np.where((indices == 3)[..., np.newaxis], 255, colours)
@@ -294,12 +311,17 @@ def plainly_decoded(content: bytes) -> np.ndarray | None:
             image.verify()
             image = Image.open(BytesIO(content))
         image.load()
+        tags = getattr(image, "tag_v2", {})
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             values = np.array(image).astype(np.float64)
+            cut = values == image.info.get("transparency", -1)
             if image.mode == "F":
                 values *= 257 * (255 if values.min() >= 0 and values.max() <= 1 else 1)
-            image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+            elif tags.get(258) == (12,):
+                values *= 65535 / 4095
+            values = 65535 - values if tags.get(262) == 0 else values
+            image = Image.fromarray(np.where(cut, 255, np.rint(values / 257)).astype(np.uint8))
         flat = Image.new("RGB", image.size, "white")
         cut = image.convert("RGBA")
         flat.paste(cut, mask=cut)

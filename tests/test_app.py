@@ -116,6 +116,7 @@ def test_moving_a_slider_changes_verdict_overlay_and_regions_and_runs_no_model(h
     assert ">Normal<" in moved_verdict
     assert f"{inspection.detection.score:.4f}" in verdict
     assert f"{inspection.detection.score:.4f}" in moved_verdict
+    assert "anomalous from <b>0.6598</b>" in handlers.redraw(inspection, 0.65977, 1.0)[0]
     assert picture.size == overlay.size == moved_overlay.size
     assert np.asarray(overlay).tobytes() != np.asarray(moved_overlay).tobytes()
     assert regions["visible"] and regions["value"]

@@ -3,11 +3,13 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from moeclip_hf.cli import app as cli
+from moeclip_hf.errors import MoECLIPError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,6 +45,21 @@ def test_the_command_listens_to_this_machine_alone_unless_told_otherwise(monkeyp
     assert CliRunner().invoke(cli, ["app", *arguments]).exit_code == 0
     assert built == [(None, None, choose_model, 64, None, None)]
     assert launched == [(None, host, None, 32)]
+
+
+@pytest.mark.parametrize("host", ["nosuchhost.invalid", "203.0.113.7", "a" * 70, "[2001:db8::7]"])
+def test_an_address_that_is_not_this_machines_is_refused_at_once(monkeypatch, host):
+    page = SimpleNamespace(launch=lambda **_: pytest.fail("Gradio would walk its ports"))
+    monkeypatch.setattr("moeclip_hf.app.build_app", lambda *_: page)
+    failure = CliRunner().invoke(cli, ["app", "--host", host]).exception
+    assert isinstance(failure, MoECLIPError)
+    assert str(failure) == f"cannot listen at {host}: taken already, or not an address of this machine"
+
+
+def test_an_upload_without_bounds_is_wrong_usage():
+    refused = CliRunner().invoke(cli, ["app", "--max-upload-mb", "inf"])
+    assert refused.exit_code == 2
+    assert "--max-upload-mb" in refused.stderr
 
 
 def test_no_process_serves_files_past_the_guard(monkeypatch):

@@ -19,9 +19,11 @@ from typer.testing import CliRunner
 
 from moeclip_hf.cli import app
 from moeclip_hf.data import check_rows, load_data, load_folder
+from moeclip_hf.data.layouts import IMAGE_SUFFIXES, tell_passed_over
 from moeclip_hf.errors import CheckpointError, DatasetError, MoECLIPError, MoECLIPWarning, UnreadableImageError
 from moeclip_hf.evaluation import evaluate
 from moeclip_hf.evaluation.results import caveats
+from moeclip_hf.modeling.image_processing_moeclip import FORMATS
 from moeclip_hf.pretrained import load_pretrained
 from moeclip_hf.training import TrainingSamples, get_recipe, start_model, train, training_arguments
 
@@ -253,6 +255,28 @@ def test_images_of_a_kind_that_is_not_read_are_told_and_notes_are_not(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "normal" / "9.tga")
     with pytest.warns(MoECLIPWarning, match=r"normal: passes over 1 files, of which the first is 9\.tga"):
         assert len(load_data(tmp_path)) == 4
+
+
+def test_every_suffix_of_a_format_that_is_read_is_looked_for():
+    read = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    assert read - IMAGE_SUFFIXES == set()
+
+
+def test_a_folder_takes_images_of_every_suffix(tmp_path):
+    write_parts(tmp_path, normal=1)
+    for suffix in ("jp2", "j2k", "ppm", "pgm", "jfif", "jpe", "MPO"):
+        shutil.copy(tmp_path / "normal" / "0.png", tmp_path / "normal" / f"of-{suffix}.{suffix}")
+    assert load_data(tmp_path)["label"][:].count(0) == 8
+
+
+@pytest.mark.parametrize("suffix", ["heic", "HEIF", "avif", "tga", "dng", "cr2", "nef", "arw", "svg", "psd"])
+def test_pictures_that_are_passed_over_are_counted_and_named(tmp_path, suffix):
+    with pytest.warns(MoECLIPWarning) as told:
+        tell_passed_over(tmp_path, ["notes.txt", f"lot/1.{suffix}", f"2.{suffix}", "report.pdf"])
+    (warning,) = told
+    assert str(warning.message) == (
+        f"{tmp_path}: passes over 2 files, of which the first is lot/1.{suffix}: convert them to PNG"
+    )
 
 
 def test_images_in_folders_within_a_labels_folder_are_told_and_refused_where_there_are_no_others(tmp_path):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import warnings
 from io import BytesIO
 from pathlib import Path
 
@@ -124,6 +125,25 @@ def test_a_png_whose_checksum_tells_of_damage_is_refused_though_its_pixels_decod
     assert np.array_equal(np.asarray(Image.open(tmp_path / "part.png")), scene(1))
     with pytest.raises(UnreadableImageError, match=r"part\.png: cannot be read.*checksum"):
         read_image(tmp_path / "part.png")
+
+
+@pytest.mark.parametrize("name", ["predict", "explain", "calibrate"])
+def test_commands_read_large_images_and_damaged_exif_without_a_word_of_pils(name, command, tmp_path, monkeypatch):
+    content = bytearray(encode(Image.fromarray(scene()), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff"))
+    (tmp_path / "part.jpg").write_bytes(content)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", WIDTH * HEIGHT - 1)
+    with pytest.warns(Image.DecompressionBombWarning), pytest.warns(UserWarning, match="Corrupt EXIF"):
+        to_rgb(tmp_path / "part.jpg")
+    options = ["--model", small_checkpoint(), "--device", "cpu"]
+    if name == "calibrate":
+        options += ["--output", tmp_path / "out", "--false-alarm-rate", "0.5"]
+    else:
+        options += ["--output-dir", tmp_path / "out"]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        status, _, said = command(name, tmp_path / "part.jpg", *options)
+    assert status == 0, said
+    assert [str(one.message) for one in told if "PIL" in one.filename] == []
 
 
 def test_no_program_is_run_on_a_file(tmp_path, monkeypatch):

@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoModel, AutoProcessor, pipeline
 from transformers.dynamic_module_utils import check_imports, get_imports, get_relative_import_files
 from transformers.pipelines.pt_utils import KeyDataset
 
 from moeclip_hf import ZeroShotAnomalyDetectionPipeline
 from moeclip_hf.hub import handler_requirements
+from moeclip_hf.modeling import pipeline_moeclip
+from moeclip_hf.modeling.image_processing_moeclip import open_image
+from moeclip_hf.modeling.pipeline_moeclip import read_image
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT
 
 TASK = "zero-shot-anomaly-detection"
@@ -187,6 +190,52 @@ def test_what_is_no_class_name_or_no_setting_is_refused(detect, images):
         detect(images[0], class_name="two\nlines")
     with pytest.raises(TypeError, match="treshold"):
         detect(images[0], treshold=0.5)
+    for batch_size in (1, 2):
+        with pytest.raises(ValueError, match="class_name is a text, not a list: for a class an image, pass dicts"):
+            detect(images[:2], class_name=["wood", "cork"], batch_size=batch_size)
+    with pytest.raises(ValueError, match="class_name is a text, not a NoneType"):
+        detect({"image": images[0], "class_name": None})
+
+
+@pytest.mark.parametrize("value", [float("nan"), 2, -0.1, "0.5", True, [0.5]])
+@pytest.mark.parametrize("name", ["threshold", "pixel_threshold"])
+def test_what_is_no_threshold_is_refused(detect, images, name, value):
+    with pytest.raises(ValueError, match=f"{name} is a number from 0 to 1, not ") as refusal:
+        detect(images[0], **{name: value})
+    assert str(value) in str(refusal.value)
+
+
+@pytest.mark.parametrize("keys", [("img",), ("img", "class_name"), ()], ids=lambda keys: "-".join(keys))
+def test_a_dict_without_an_image_is_refused(detect, images, keys):
+    with pytest.raises(ValueError, match="A dict holds an image and perhaps its class_name, not ") as refusal:
+        detect({key: images[0] if key.startswith("im") else "wood" for key in keys})
+    assert str(list(keys)) in str(refusal.value)
+
+
+def test_it_is_told_once_which_keys_of_a_dict_are_not_read(detect, images, monkeypatch):
+    told = []
+    monkeypatch.setattr(pipeline_moeclip.logger, "warning_once", told.append)
+    scored = detect({"image": images[0], "class": "wood", "label": 0})
+    assert told == ["Of a dict image and class_name are read, and not ['class', 'label']."]
+    assert_same(scored, detect(images[0]))
+
+
+def test_of_no_images_there_are_no_results(detect):
+    assert detect([], class_name="wood") == []
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF"])
+def test_a_pil_image_is_turned_upright_like_its_file_and_once(detect, images, tmp_path, file_format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / "part"
+    images[0].save(file, file_format, exif=exif)
+    by_path, by_image = detect(file), detect(Image.open(file))
+    assert_same(by_image, by_path)
+    assert by_path["heatmap"].size == (images[0].size if orientation < 5 else images[0].size[::-1])
+    for turned in (open_image(file), ImageOps.exif_transpose(Image.open(file)), read_image(Image.open(file))):
+        assert_same(detect(turned), by_path)
 
 
 def test_another_models_processor_is_refused(detect):

@@ -159,6 +159,18 @@ def test_colour_images_of_every_mode_are_one_picture(tmp_path):
         assert same_picture(str(path), COLOUR), suffix
 
 
+def test_ten_or_twelve_bits_in_sixteen_are_told_once_by_name(tmp_path, caplog):
+    camera, whole = tmp_path / "mono12.png", tmp_path / "mono16.png"
+    Image.fromarray(GREY.astype(np.uint16) * 16).save(camera)
+    Image.fromarray(GREY.astype(np.uint16) * 257).save(whole)
+    for _ in range(2):
+        assert same_picture(camera, np.rint(GREY_RGB * (16 / 257)))
+        assert same_picture(whole, GREY_RGB)
+        same_picture(Image.fromarray(np.zeros((4, 4), dtype=np.uint16)), np.zeros((4, 4, 3)))
+    (told,) = caplog.messages
+    assert told == f"{camera}: looks like 10 or 12 bits in 16 (it reaches 3184): scale it to 65535."
+
+
 def test_floats_that_overshoot_their_range_are_clipped_not_read_on_another_scale():
     assert np.asarray(to_rgb(np.array([[0.5, 1.0001, -0.001]], dtype=np.float32)))[0, :, 0].tolist() == [128, 255, 0]
 

@@ -23,7 +23,7 @@ def verdict(inspection: Inspection, threshold: float) -> str:
         f'<section class="moeclip-verdict {kind}" role="status">'
         f'<div class="word">{kind.capitalize()}</div>'
         f'<div class="figures"><span>score <b class="score">{score:.4f}</b></span>'
-        f"<span>anomalous from <b>{threshold:.3f}</b></span></div>"
+        f"<span>anomalous from <b>{threshold:.4f}</b></span></div>"
         f'<div class="scale" aria-hidden="true"><i style="width:{100 * score:.2f}%"></i>'
         f'<u style="left:{100 * threshold:.2f}%"></u></div>'
         f'<div class="facts">{facts}</div></section>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import Any
 
 import gradio as gr
@@ -89,6 +90,13 @@ def _is_remote(path: object) -> bool:
     return isinstance(path, str) and path.lower().lstrip().startswith(("http:", "https:"))
 
 
+def _check_address(host: str) -> None:
+    """Listen at an address for a moment, or raise; Gradio would try a hundred ports of it, for minutes."""
+    family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.bind(address)
+
+
 def launch_app(
     page: gr.Blocks,
     host: str = "127.0.0.1",
@@ -113,6 +121,7 @@ def launch_app(
         MoECLIPError: if the port is taken, or the address is not this machine's.
     """
     try:
+        _check_address(host.strip("[]"))
         _, url, _ = page.launch(
             server_name=f"[{host.strip('[]')}]" if ":" in host else host,
             server_port=port,
@@ -130,7 +139,7 @@ def launch_app(
             theme=theme(),
             css=CSS,
         )
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # of the latter kind for names that no host has
         where = host if port is None else f"{host}, port {port}"
         raise MoECLIPError(f"cannot listen at {where}: taken already, or not an address of this machine") from error
     if block:

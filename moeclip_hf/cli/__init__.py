@@ -58,6 +58,9 @@ def options(
 def main() -> None:
     """Run the command line; a mistake of the user's ends in one line on standard error and exit status 1."""
     warnings.showwarning = _show_warning
+    # Of damaged EXIF and of large images, which are read all the same. Not where files are opened, which threads do,
+    # since filters belong to the whole process.
+    warnings.filterwarnings("ignore", module="PIL")
     try:
         app()
     except (MoECLIPError, OSError) as error:  # a full disk, a folder that cannot be written to

@@ -36,7 +36,7 @@ def app(
             show_default="rendered textures",
         ),
     ] = None,
-    max_upload_mb: Annotated[float, typer.Option(min=0.1, help="MiB of a file.")] = 32,
+    max_upload_mb: Annotated[float, typer.Option(min=0.1, max=1 << 20, help="MiB of a file.")] = 32,
     max_image_megapixels: Annotated[float, typer.Option(min=0.1, help="Megapixels of an image.")] = 64,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.", show_default="the best there is")] = None,
 ) -> None:

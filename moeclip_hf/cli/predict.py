@@ -137,9 +137,6 @@ def predict(
     """
     tile_size = _tile_size(tile, tile_overlap)
 
-    import warnings
-
-    from PIL import Image
     from transformers.utils import logging
 
     from moeclip_hf.prediction import find_images, input_size
@@ -148,7 +145,6 @@ def predict(
     from moeclip_hf.tiling import Tiling
 
     logging.disable_progress_bar()
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # up to twice as many pixels are read all the same
     paths = find_images(images)
     endings = {"overlay": "_overlay.png" if overlays else None, "map": f"_map.{maps.value}" if maps else None}
     targets = _targets(paths, output_dir, {kind: ending for kind, ending in endings.items() if ending})

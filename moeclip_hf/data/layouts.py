@@ -3,7 +3,7 @@
 import csv
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +13,16 @@ from moeclip_hf.errors import DatasetError, MoECLIPWarning
 IsClass = Callable[[str], bool]
 """Tells from the name of a class folder whether it is wanted."""
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset(
+    {".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"}
+    | {".j2c", ".j2k", ".jp2", ".jpc", ".jpf", ".jpx"}
+    | {".pbm", ".pfm", ".pgm", ".pnm", ".ppm"}
+)
+# Pictures of kinds that are not read: people are told of them, who would take them for scored.
+_UNREAD_SUFFIXES = frozenset(
+    {".avif", ".dcm", ".dds", ".dib", ".eps", ".exr", ".heic", ".heif", ".ico", ".jxl", ".pcx", ".psd", ".svg", ".tga"}
+    | {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +233,7 @@ def list_images(folder: Path, others: Collection[str] = (), labelled: bool = Fal
         if labelled and not images:
             raise DatasetError(text)
         warnings.warn(text, MoECLIPWarning, stacklevel=2)
-    if passed_over:
-        _tell_passed_over(folder, passed_over)
+    tell_passed_over(folder, passed_over)
     return images
 
 
@@ -238,12 +246,14 @@ def _holds_images(folder: Path) -> bool:
     return any(_is_image(name) and not name.startswith(".") for _, _, names in os.walk(folder) for name in names)
 
 
-def _tell_passed_over(folder: Path, names: list[str]) -> None:
-    """Say that there are images of kinds that are not read; notes and tables beside images are nobody's worry."""
-    from PIL import Image
+def tell_passed_over(folder: Path, names: Iterable[str]) -> None:
+    """Warn of images of kinds that are not read; notes and tables beside images are nobody's worry.
 
-    kinds = Image.registered_extensions()
-    images = [name for name in names if os.path.splitext(name)[1].lower() in kinds]
+    Args:
+        folder: where they lie.
+        names: of files, or their paths below the folder, of which the first is named.
+    """
+    images = [name for name in names if os.path.splitext(name)[1].lower() in _UNREAD_SUFFIXES]
     if images:
         text = f"{folder}: passes over {len(images)} files, of which the first is {images[0]}: convert them to PNG"
         warnings.warn(text, MoECLIPWarning, stacklevel=3)
