@@ -56,10 +56,13 @@ def test_an_address_that_is_not_this_machines_is_refused_at_once(monkeypatch, ho
     assert str(failure) == f"cannot listen at {host}: taken already, or not an address of this machine"
 
 
-def test_an_upload_without_bounds_is_wrong_usage():
-    refused = CliRunner().invoke(cli, ["app", "--max-upload-mb", "inf"])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--max-upload-mb", "inf"), ("--max-upload-mb", "nan"), ("--max-image-megapixels", "nan")]
+)
+def test_an_upload_without_bounds_is_wrong_usage(option, value):
+    refused = CliRunner().invoke(cli, ["app", option, value])
     assert refused.exit_code == 2
-    assert "--max-upload-mb" in refused.stderr
+    assert option in refused.stderr
 
 
 def test_no_process_serves_files_past_the_guard(monkeypatch):

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from moeclip_hf.cli.predict import refuse_nan
+
 
 def app(
     model: Annotated[
@@ -36,8 +38,12 @@ def app(
             show_default="rendered textures",
         ),
     ] = None,
-    max_upload_mb: Annotated[float, typer.Option(min=0.1, max=1 << 20, help="MiB of a file.")] = 32,
-    max_image_megapixels: Annotated[float, typer.Option(min=0.1, help="Megapixels of an image.")] = 64,
+    max_upload_mb: Annotated[
+        float, typer.Option(min=0.1, max=1 << 20, callback=refuse_nan, help="MiB of a file.")
+    ] = 32,
+    max_image_megapixels: Annotated[
+        float, typer.Option(min=0.1, callback=refuse_nan, help="Megapixels of an image.")
+    ] = 64,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.", show_default="the best there is")] = None,
 ) -> None:
     """Serve a page to try a model on: drop an image and see where it is damaged, look at its experts, score many."""

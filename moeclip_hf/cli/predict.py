@@ -56,7 +56,7 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
-def _number(value: float | None) -> float | None:
+def refuse_nan(value: float | None) -> float | None:
     """Refuse NaN, which no range leaves out."""
     if value is not None and math.isnan(value):
         raise typer.BadParameter("nan is no number")
@@ -87,7 +87,7 @@ def predict(
         typer.Option(
             min=0,
             max=1,
-            callback=_number,
+            callback=refuse_nan,
             help="Score from which on an image is anomalous.",
             show_default="the checkpoint's",
         ),
@@ -97,7 +97,7 @@ def predict(
         typer.Option(
             min=0,
             max=1,
-            callback=_number,
+            callback=refuse_nan,
             help="Map value from which on pixels make regions.",
             show_default="the checkpoint's",
         ),
