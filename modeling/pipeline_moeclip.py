@@ -138,12 +138,14 @@ class ZeroShotAnomalyDetectionPipeline(Pipeline):
 
     def _class_anchors(self, class_name: str) -> torch.Tensor:
         """(1, 2, D), computed when the class is first named."""
-        if class_name not in self._anchors:
+        anchors = self._anchors.get(class_name)
+        if anchors is None:
             prompts = self.processor(text=[class_name], return_tensors="pt").to(self.device)
+            anchors = self.model.get_text_embeds(**prompts)
             if len(self._anchors) >= _MAX_ANCHORS:
                 self._anchors.clear()
-            self._anchors[class_name] = self.model.get_text_embeds(**prompts)
-        return self._anchors[class_name]
+            self._anchors[class_name] = anchors
+        return anchors  # not read back: another thread may have cleared them
 
     def postprocess(
         self, model_outputs: dict[str, Any], threshold: float | None = None, pixel_threshold: float | None = None

@@ -120,6 +120,15 @@ def test_anchors_are_computed_once_a_class(detect, images, monkeypatch):
     assert list(detect._anchors) == ["leather"]
 
 
+def test_anchors_that_another_thread_clears_are_not_missed(detect, images, monkeypatch):
+    class Cleared(dict):
+        def __setitem__(self, name, anchors):
+            pass
+
+    monkeypatch.setattr(detect, "_anchors", Cleared())
+    assert_same(detect(images[0], class_name="cork"), plain_result(detect, images[0], "cork"))
+
+
 def test_thresholds_of_a_call_go_before_those_of_the_checkpoint(detect, images):
     score = detect(images[0])["score"]
     assert detect(images[0], threshold=score - 0.01)["is_anomalous"] is True
