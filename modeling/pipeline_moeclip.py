@@ -10,7 +10,6 @@ from urllib.request import Request, urlopen
 import numpy as np
 import torch
 from PIL import Image
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines.base import Pipeline
 
 from .image_processing_moeclip import ImageLike, open_image, to_rgb
@@ -90,8 +89,6 @@ class ZeroShotAnomalyDetectionPipeline(Pipeline):
         """
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
-        if hasattr(self.model.config, "custom_pipelines"):  # which names this very file
-            custom_object_save(self, save_directory)
 
     def _sanitize_parameters(
         self,
