@@ -52,8 +52,13 @@ def quarters(depth: int) -> list[int]:
     return sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3, 4)})
 
 
-def _without_registered_pipelines(config_dict: dict[str, Any]) -> dict[str, Any]:
-    """Settings without the custom pipelines that are registered, as they need no code of the checkpoint."""
+def _without_unused_code(config_class: Any, config_dict: dict[str, Any]) -> dict[str, Any]:
+    """
+    Settings that name no code which is not used: registered pipelines need none of the checkpoint, nor does a class
+    that is not the checkpoint's own. What is saved has no such code, and would ask in vain for trust in it.
+    """
+    if config_class._auto_class is None:
+        config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
     if "custom_pipelines" not in config_dict:
         return config_dict
     from transformers.pipelines import PIPELINE_REGISTRY
@@ -202,7 +207,7 @@ class MoECLIPConfig(CLIPConfig):
         if "feature_layers" in settings and taps and config_dict.get("image_feature_layer") == taps[-1]:
             settings.setdefault("image_feature_layer", None)
         try:
-            return super().from_dict(_without_registered_pipelines(config_dict) | settings, **kwargs)
+            return super().from_dict(_without_unused_code(cls, config_dict) | settings, **kwargs)
         except Exception as error:  # of `strict`, or whatever a foreign file's settings lead to
             raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 

@@ -16,7 +16,14 @@ from http.client import HTTPException
 from io import BytesIO
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import (
+    AbstractHTTPHandler,
+    HTTPHandler,
+    HTTPRedirectHandler,
+    HTTPSHandler,
+    Request,
+    build_opener,
+)
 
 import torch
 from PIL import Image, ImageOps
@@ -32,6 +39,14 @@ _PARAMETERS = ("class_name", "threshold", "pixel_threshold", "return_heatmap")
 _TIMEOUT = 10  # seconds
 _PART = 1 << 16
 _BATCH_SIZE = 4
+# Those of the image processor, whose file cannot be imported: this one is no part of a package on an endpoint.
+_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+# What IPv6 hands out to hosts, and what it has for addresses of IPv4: those that end in one (mapped, and translated by
+# NAT64), and tunnels that lead to one (Teredo, 6to4), which serve nobody any more.
+_IPV6_HOSTS = ipaddress.ip_network("2000::/3")
+_ENDING_IN_IPV4 = [ipaddress.ip_network(network) for network in ("::ffff:0:0/96", "64:ff9b::/96")]
+_TUNNELS = [ipaddress.ip_network(network) for network in ("2001::/32", "2002::/16")]
 
 
 class EndpointHandler:
@@ -87,6 +102,8 @@ def read_image(source: Any) -> bytes | Image.Image:
     if isinstance(source, Image.Image):  # an image that was the whole request, as it was opened
         _check_pixels(*source.size)
         with _decoding():
+            if source.format not in (None, "MPO", *_FORMATS):  # not decoded yet, and what decodes it may be a program
+                raise ValueError
             return ImageOps.exif_transpose(source)
     if isinstance(source, str):
         data = _download(source) if source.startswith(("http://", "https://")) else _decode_base64(source)
@@ -96,7 +113,7 @@ def read_image(source: Any) -> bytes | Image.Image:
         raise ValueError(f"An image is a URL, base64 or bytes, not {type(source).__name__}.")
     if len(data) > MAX_BYTES:
         raise ValueError(f"An image has at most {MAX_BYTES} bytes.")
-    with _decoding(), Image.open(BytesIO(data)) as image:
+    with _decoding(), Image.open(BytesIO(data), formats=_FORMATS) as image:
         size = image.size
     _check_pixels(*size)
     return data
@@ -128,7 +145,7 @@ def _decode_base64(text: str) -> bytes:
 def _download(url: str) -> bytes:
     try:
         _refuse_private(url)
-        opener = build_opener(_CheckedRedirects)
+        opener = build_opener(_CheckedRedirects, _CheckedHTTP, _CheckedHTTPS)
         with opener.open(Request(url, headers={"User-Agent": "moeclip-hf"}), timeout=_TIMEOUT) as response:
             return _read_in_time(response)
     except (OSError, ValueError, HTTPException) as error:
@@ -151,14 +168,65 @@ class _CheckedRedirects(HTTPRedirectHandler):
         return super().redirect_request(request, file, code, message, headers, new_url)
 
 
+class _Checked(AbstractHTTPHandler):
+    """
+    Connects to the very addresses that were checked: of a name that is looked up twice, a stranger's server may give
+    another one the second time. A proxy, which the server's owner chose, looks names up itself.
+    """
+
+    def do_open(self, http_class: Any, req: Any, **http_conn_args: Any) -> Any:
+        def connection(*arguments: Any, **keywords: Any) -> Any:
+            made = http_class(*arguments, **keywords)
+            if not (req.has_proxy() or req._tunnel_host):
+                made._create_connection = _connect  # the rest, and TLS too, goes by the name
+            return made
+
+        return super().do_open(connection, req, **http_conn_args)
+
+
+class _CheckedHTTP(_Checked, HTTPHandler):
+    pass
+
+
+class _CheckedHTTPS(_Checked, HTTPSHandler):
+    pass
+
+
+def _connect(host_and_port: tuple[str, int], *settings: Any) -> socket.socket:
+    host, port = host_and_port
+    failure: OSError | None = None
+    for address in _public_addresses(host, port):
+        try:
+            return socket.create_connection((address, port), *settings)
+        except OSError as error:
+            failure = error
+    raise failure or OSError("it has no address")
+
+
 def _refuse_private(url: str) -> None:
-    """Refuse addresses that only the server can reach: its own, its network's, its cloud's metadata service."""
+    """Refuse what only the server can reach: itself, its network, its cloud's metadata service."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("not an address of http or https")
-    for *_, address in socket.getaddrinfo(parts.hostname, parts.port or 443):
-        if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global:
-            raise ValueError("its address is not a public one")
+    _public_addresses(parts.hostname, parts.port or 443)
+
+
+def _public_addresses(host: str, port: int) -> list[str]:
+    """Look a host's addresses up; a `ValueError` if one of them is not public."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = [str(address[0]) for *_, address in found]
+    if not all(map(_is_public, addresses)):
+        raise ValueError("its address is not a public one")
+    return addresses
+
+
+def _is_public(text: str) -> bool:
+    address = ipaddress.ip_address(text.partition("%")[0])
+    if any(address in network for network in _ENDING_IN_IPV4):
+        address = ipaddress.IPv4Address(address.packed[-4:])
+    if address.version == 6 and (address not in _IPV6_HOSTS or any(address in network for network in _TUNNELS)):
+        return False
+    return address.is_global and not address.is_multicast
 
 
 def _checked_parameters(parameters: Any) -> dict[str, Any]:

@@ -56,6 +56,8 @@ class MoECLIPImageProcessor(BaseImageProcessor):
         image_std: Sequence[float] = OPENAI_CLIP_STD,
         **kwargs: Any,
     ):
+        if self._auto_class is None:  # the class is not a repository's own: its code is not used, nor saved
+            kwargs.pop("auto_map", None)
         super().__init__(**kwargs)
         self.patch_size = patch_size
         self.size = _checked_size(_METHOD_SIZE if size is None else size, patch_size)

@@ -6,7 +6,7 @@ tap and window size), K experts.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,11 @@ from .configuration_moeclip import MoECLIPConfig
 from .loss_moeclip import classification_loss, segmentation_loss
 from .moe_lora import MoELora, in_float32, record_outputs, vector_norm, without_autocast
 from .vision_moeclip import MoECLIPQuickGELU, MoECLIPVisionEmbeddings
+
+# Never imported, but seen by transformers, which copies a repository's code along such lines: a model that is saved
+# with its code and its `custom_pipelines` has the pipeline's as well.
+if TYPE_CHECKING:
+    from .pipeline_moeclip import ZeroShotAnomalyDetectionPipeline  # noqa: F401
 
 # The factor on cosines between patches and anchors.
 _PATCH_LOGIT_SCALE = 100.0

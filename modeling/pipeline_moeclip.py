@@ -11,7 +11,6 @@ from urllib.request import Request, urlopen
 import numpy as np
 import torch
 from PIL import Image
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines.base import Pipeline
 from transformers.utils import logging
 
@@ -97,8 +96,6 @@ class ZeroShotAnomalyDetectionPipeline(Pipeline):
         """
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
-        if hasattr(self.model.config, "custom_pipelines"):  # which names this very file
-            custom_object_save(self, save_directory)
 
     def _sanitize_parameters(
         self,
@@ -157,12 +154,14 @@ class ZeroShotAnomalyDetectionPipeline(Pipeline):
 
     def _class_anchors(self, class_name: str) -> torch.Tensor:
         """(1, 2, D), computed when the class is first named."""
-        if class_name not in self._anchors:
+        anchors = self._anchors.get(class_name)
+        if anchors is None:
             prompts = self.processor(text=[class_name], return_tensors="pt").to(self.device)
+            anchors = self.model.get_text_embeds(**prompts)
             if len(self._anchors) >= _MAX_ANCHORS:
                 self._anchors.clear()
-            self._anchors[class_name] = self.model.get_text_embeds(**prompts)
-        return self._anchors[class_name]
+            self._anchors[class_name] = anchors
+        return anchors  # not read back: another thread may have cleared them
 
     def postprocess(
         self, model_outputs: dict[str, Any], threshold: float | None = None, pixel_threshold: float | None = None

@@ -132,7 +132,7 @@ class MoECLIPProcessor(ProcessorMixin):
     def _encode_class_names(self, class_names: list[str], padding: bool | str) -> dict[str, Any]:
         if not class_names:
             raise ValueError('There is no class name: use "object" when none is known.')
-        sentences, groups = [], []
+        input_ids, groups = [], []
         for index, name in enumerate(class_names):
             if not isinstance(name, str) or not name.isprintable():
                 raise ValueError(f"A class name is a printable text, not {name!r}.")
@@ -142,14 +142,14 @@ class MoECLIPProcessor(ProcessorMixin):
                 raise ValueError(
                     f"A class name cannot hold marks of a sentence's begin or end, as {name[:60]!r} does."
                 )
-            fitting = self.fit_class_name(name)
+            fitting, encoded = self._fit(name)
             if fitting != name.strip():
                 logger.warning(f"The class name {name[:60]!r}... is too long for the text tower; read as {fitting!r}.")
+            input_ids += encoded
             for is_abnormal, prompts in enumerate(compose_prompts(fitting)):
-                sentences += prompts
                 groups += [2 * index + is_abnormal] * len(prompts)
-        encoded = self.tokenizer(sentences, padding=padding)
-        return {**{key: encoded[key] for key in ("input_ids", "attention_mask")}, "prompt_groups": groups}
+        padded = self.tokenizer.pad({"input_ids": input_ids}, padding=padding, return_attention_mask=True)
+        return {**padded, "prompt_groups": groups}
 
     def fit_class_name(self, name: str) -> str:
         """
@@ -161,23 +161,29 @@ class MoECLIPProcessor(ProcessorMixin):
         Raises:
             ValueError: where not even a part of it fits.
         """
+        return self._fit(name)[0]
+
+    def _fit(self, name: str) -> tuple[str, list[list[int]]]:
+        """A class name, cut where it has to be, and the tokens of its 16 sentences."""
         fitting = name = name.strip()
         # Once more where a word that was cut falls into more pieces than it was part of.
-        while (excess := self._excess_tokens(fitting)) > 0:
-            encoded = self.tokenizer(fitting, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            ends = [end for _, end in encoded["offset_mapping"]]
+        while (excess := max(map(len, encoded := self._encode(fitting))) - self.tokenizer.model_max_length) > 0:
+            parts = self.tokenizer(fitting, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ends = [end for _, end in parts["offset_mapping"]]
             fitting = fitting[: min(ends[-excess - 1], len(fitting) - 1)].rstrip() if excess < len(ends) else ""
             if not fitting:
                 raise ValueError(
                     f"No class name fits sentences of {self.tokenizer.model_max_length} tokens: {name[:60]!r}."
                 )
-        return fitting
+        return fitting, encoded
 
-    def _excess_tokens(self, name: str) -> int:
-        """By how many tokens a class name's longest sentence is too long."""
+    def _encode(self, name: str) -> list[list[int]]:
+        """
+        The tokens of a class name's sentences, of unlike lengths. Nothing here has the tokenizer pad: it would do so
+        in every thread that shares it.
+        """
         normal, abnormal = compose_prompts(name)
-        encoded = self.tokenizer(normal + abnormal, verbose=False)["input_ids"]
-        return max(len(ids) for ids in encoded) - self.tokenizer.model_max_length
+        return self.tokenizer(normal + abnormal, verbose=False)["input_ids"]
 
     def post_process_anomaly_maps(
         self, outputs: MoECLIPOutput, target_sizes: tuple[int, int], domain: str | None = None

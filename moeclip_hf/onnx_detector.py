@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,15 +22,17 @@ INT8_GRAPH = "model_int8.onnx"
 # Under which a graph carries what it was exported with, as JSON.
 METADATA_KEY = "moeclip"
 
+_OUTPUTS = ["anomaly_map", "score"]
 _ONLY_ERRORS = 3
 
 
 class OnnxDetector(NamedTuple):
-    """An exported graph for some classes, and its processor: a [`~moeclip_hf.pretrained.Detector`]."""
+    """An exported graph for some classes, its processor and file: a [`~moeclip_hf.pretrained.Detector`]."""
 
     session: "onnxruntime.InferenceSession"
     class_names: tuple[str, ...]
     processor: MoECLIPProcessor
+    path: Path
 
     def encode_class(self, class_name: str) -> torch.Tensor:
         """The class's place among the exported ones, (1,)."""
@@ -47,7 +49,10 @@ class OnnxDetector(NamedTuple):
         inputs = {"pixel_values": pixel_values.numpy()}
         if len(self.class_names) > 1:
             inputs["class_index"] = encoded_class.expand(len(pixel_values)).numpy()
-        grids, scores = self.session.run(["anomaly_map", "score"], inputs)
+        try:
+            grids, scores = self.session.run(_OUTPUTS, inputs)
+        except Exception as error:  # onnxruntime's own know no common base
+            raise MoECLIPError(f"{self.path}: the graph cannot be computed: {_reason(error)}") from error
         return torch.from_numpy(np.asarray(grids)), torch.from_numpy(np.asarray(scores))
 
 
@@ -90,14 +95,42 @@ def load_onnx(source: "str | PathLike[str]", device: str | None = None) -> OnnxD
         description = json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
         processor = MoECLIPProcessor.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
         check_processor(str(path.parent), processor)
+        _check_description(path, description, session, processor)
     except CheckpointError:
         raise
     except KeyError as error:
         raise CheckpointError(f"{path}: was not written by `moeclip export`.") from error
     except Exception as error:  # onnxruntime's own know no common base
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{path}: cannot be loaded as an exported graph: {reason}") from error
-    return OnnxDetector(session, tuple(description["class_names"]), processor)
+        raise CheckpointError(f"{path}: cannot be loaded as an exported graph: {_reason(error)}") from error
+    return OnnxDetector(session, tuple(description["class_names"]), processor, path)
+
+
+def _check_description(
+    path: Path, description: Any, session: "onnxruntime.InferenceSession", processor: MoECLIPProcessor
+) -> None:
+    """Refuse a graph that is not what its metadata say, or that the processor beside it does not fit."""
+    names = description.get("class_names") if isinstance(description, dict) else None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path}: its metadata name no classes: export it anew.")
+    inputs = [value.name for value in session.get_inputs()]
+    outputs = [value.name for value in session.get_outputs()]
+    wanted = ["pixel_values", "class_index"] if len(names) > 1 else ["pixel_values"]
+    if inputs != wanted or outputs != _OUTPUTS:
+        raise CheckpointError(
+            f"{path}: its graph, from {', '.join(inputs)} to {', '.join(outputs)}, is none for the classes "
+            f"that its metadata name ({', '.join(map(repr, names))}): export it anew."
+        )
+    images = processor.image_processor
+    for name in ("patch_size", "image_mean", "image_std"):
+        if description.get(name) != getattr(images, name):
+            raise CheckpointError(
+                f"{path.parent}: its processor is another model's: {name} is {getattr(images, name)}, and "
+                f"{description.get(name)} in the metadata of {path.name}."
+            )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _providers(device: str | None, available: list[str]) -> list[str | tuple[str, dict[str, int]]]:

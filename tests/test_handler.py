@@ -1,15 +1,16 @@
 """What the handler of Inference Endpoints refuses, and how it fetches images; test_hub.py serves with it."""
 
 import base64
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
-from urllib.parse import urlsplit
 
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from moeclip_hf.modeling import handler
+from moeclip_hf.modeling.image_processing_moeclip import FORMATS
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT
 
 
@@ -45,12 +46,14 @@ def server(monkeypatch):
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Pages) as listening:
         threading.Thread(target=listening.serve_forever, daemon=True).start()
-        port = listening.server_address[1]
-        refuse_private = handler._refuse_private
+        its_port = listening.server_address[1]
+        public_addresses = handler._public_addresses
         monkeypatch.setattr(
-            handler, "_refuse_private", lambda url: None if urlsplit(url).port == port else refuse_private(url)
+            handler,
+            "_public_addresses",
+            lambda host, port: ["127.0.0.1"] if port == its_port else public_addresses(host, port),
         )
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{its_port}"
         listening.shutdown()
 
 
@@ -72,6 +75,100 @@ def test_an_image_is_fetched_from_its_url_after_redirects_too(server):
 def test_what_cannot_or_must_not_be_fetched_is_refused(server, path, words):
     with pytest.raises(ValueError, match=words):
         handler.read_image(f"{server}{path}")
+
+
+@pytest.mark.parametrize(
+    ("host", "is_public"),
+    [
+        ("[::ffff:100.100.100.200]", False),  # Alibaba's metadata service
+        ("[64:ff9b::a9fe:a9fe]", False),  # 169.254.169.254 behind NAT64
+        ("[64:ff9b:1::a9fe:a9fe]", False),
+        ("[2002:7f00:1::]", False),  # 127.0.0.1 by 6to4
+        ("[2001:0:1::1]", False),
+        ("[::7f00:1]", False),
+        ("[fec0::1]", False),
+        ("[fe80::1%25eth0]", False),
+        ("[ff02::1]", False),
+        ("224.0.0.1", False),
+        ("0.0.0.0", False),
+        ("2130706433", False),  # 127.0.0.1 in one number
+        ("93.184.216.34", True),
+        ("[2606:2800:220:1::1]", True),
+        ("[::ffff:93.184.216.34]", True),
+        ("[64:ff9b::5db8:d822]", True),  # what a network of IPv6 alone makes of 93.184.216.34
+    ],
+)
+def test_only_public_addresses_are_connected_to_however_they_are_written(monkeypatch, host, is_public):
+    def connect(address, *settings):
+        raise OSError(f"connected to {address[0]}")
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    with pytest.raises(ValueError, match="connected to " if is_public else "cannot be fetched") as refusal:
+        handler.read_image(f"http://{host}/part.png")
+    assert is_public == ("connected to" in str(refusal.value))
+
+
+@pytest.mark.parametrize("lookups", [0, 1, 2])
+def test_a_name_that_changes_its_address_leads_to_no_private_one(monkeypatch, lookups):
+    """The name server gives a public address at first, that of this machine afterwards."""
+    connected, answers = [], iter([*["93.184.216.34"] * lookups, *["127.0.0.1"] * 9])
+    look_up = socket.getaddrinfo
+
+    def getaddrinfo(host, *settings, **more):
+        return look_up(next(answers) if host == "rebound.test" else host, *settings, **more)
+
+    def connect(address, *settings):
+        connected.append(address[0])
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    with pytest.raises(ValueError, match="no network" if lookups == 2 else "not a public one"):
+        handler.read_image("http://rebound.test/part.png")
+    assert connected == ["93.184.216.34"] * (lookups == 2)
+
+
+@pytest.fixture
+def first_words():
+    """A server that hangs up on what it is told; its port, and what that was."""
+    told = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def listen():
+            with listening.accept()[0] as connection:
+                told.append(connection.recv(4096))
+
+        threading.Thread(target=listen, daemon=True).start()
+        yield listening.getsockname()[1], told
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_server_is_told_the_name_that_it_was_asked_for_by(first_words, monkeypatch, scheme):
+    port, told = first_words
+    monkeypatch.setattr(handler, "_public_addresses", lambda host, port: ["127.0.0.1"])
+    with pytest.raises(ValueError, match="cannot be fetched"):
+        handler.read_image(f"{scheme}://parts.test:{port}/part.png")
+    assert (b"\r\nHost: parts.test:" in told[0]) if scheme == "http" else (b"parts.test" in told[0])
+
+
+@pytest.mark.parametrize(("scheme", "words"), [("http", b"GET http://93.184.216.34/"), ("https", b"CONNECT 93.184.")])
+def test_a_proxy_may_have_a_private_address(first_words, monkeypatch, scheme, words):
+    port, told = first_words
+    monkeypatch.setenv(f"{scheme}_proxy", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(ValueError, match="cannot be fetched"):
+        handler.read_image(f"{scheme}://93.184.216.34/part.png")
+    assert told[0].startswith(words)
+
+
+def test_formats_are_those_of_the_rest_and_no_others_are_decoded(monkeypatch):
+    assert handler._FORMATS == FORMATS
+    buffer = BytesIO()
+    Image.new("RGB", (8, 6)).save(buffer, format="EPS")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *settings: pytest.fail("a program was started"))
+    for given in (buffer.getvalue(), Image.open(buffer)):
+        with pytest.raises(ValueError, match="no image of a known format"):
+            handler.read_image(given)
 
 
 def test_a_large_answer_is_not_read_to_its_end(server, monkeypatch):

@@ -259,6 +259,9 @@ for name in ("ann/moeclip", "ann/adapter", "ann/example-adapter", "ann/changed",
     loaded = load_pretrained(name, device="cpu")
     assert loaded.model.config.name_or_path == name
     run(*loaded)
+[auto.from_pretrained("ann/moeclip").save_pretrained("kept") for auto in (AutoModel, AutoProcessor)]
+named = {file.name for file in Path("kept").glob("*.json") if "moeclip." in file.read_text()}
+assert not named and not list(Path("kept").glob("*.py")), named  # code that is not there is not asked for
 assert load_pretrained("ann/moeclip").processor.image_threshold < 0.875
 strict = load_pretrained("ann/moeclip", revision="strict")
 assert strict.processor.image_threshold == 0.875
@@ -296,7 +299,10 @@ for load in (
 assert not Path("canary").exists()
 
 trusted = {"trust_remote_code": True}
-run(AutoModel.from_pretrained("ann/moeclip", **trusted), AutoProcessor.from_pretrained("ann/moeclip", **trusted))
+loaded = [auto.from_pretrained("ann/moeclip", **trusted) for auto in (AutoModel, AutoProcessor)]
+run(*loaded)
+[part.save_pretrained("parts") for part in loaded]  # before the pipeline's code was used
+check(pipeline("zero-shot-anomaly-detection", model="parts", **trusted)(image, class_name="granite"))
 detect = pipeline("zero-shot-anomaly-detection", model="ann/moeclip", **trusted)
 check(detect("part.png", class_name="granite"))
 batched = detect(["part.png", image, {"image": image, "class_name": "granite"}], class_name="granite", batch_size=2)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 from transformers import PreTrainedModel
@@ -170,6 +171,57 @@ def test_a_processor_that_no_image_could_be_scored_with_is_refused_by_name(spoil
         load_onnx(spoiled)
     assert str(spoiled) in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def write_metadata(folder: Path, change) -> None:
+    """Change what a folder's graph says of itself."""
+    model = onnx.load(folder / "model.onnx")
+    (entry,) = [entry for entry in model.metadata_props if entry.key == "moeclip"]
+    entry.value = json.dumps(change(json.loads(entry.value)))
+    onnx.save(model, folder / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda facts: {}, "its metadata name no classes"),
+        (lambda facts: [], "its metadata name no classes"),
+        (lambda facts: facts | {"class_names": 5}, "its metadata name no classes"),
+        (lambda facts: facts | {"class_names": "brick"}, "its metadata name no classes"),
+        (lambda facts: facts | {"class_names": []}, "its metadata name no classes"),
+        (lambda facts: facts | {"class_names": ["granite"]}, r"is none for the classes .* \('granite'\)"),
+        (lambda facts: facts | {"patch_size": 14}, "processor is another model's: patch_size is 8, and 14 in"),
+        (lambda facts: facts | {"image_mean": [0, 0, 0]}, "image_mean is .*, and .0, 0, 0. in"),
+    ],
+)
+def test_a_graph_whose_metadata_are_not_its_own_is_refused_by_name(spoiled, change, words):
+    write_metadata(spoiled, change)
+    with pytest.raises(CheckpointError, match=words) as refusal:
+        load_onnx(spoiled)
+    assert str(spoiled) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_graph_of_something_else_is_refused_by_name(spoiled):
+    model = onnx.load(spoiled / "model.onnx")
+    pixels, pixels_again = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["b", 3, "h", "w"])
+        for name in ("pixel_values", "pixels_again")
+    )
+    node = onnx.helper.make_node("Identity", ["pixel_values"], ["pixels_again"])
+    model.graph.CopyFrom(onnx.helper.make_graph([node], "other", [pixels], [pixels_again]))
+    onnx.save(model, spoiled / "model.onnx")
+    write_metadata(spoiled, lambda facts: facts | {"class_names": ["granite"]})
+    with pytest.raises(CheckpointError, match="its graph, from pixel_values to pixels_again, is none for the classes"):
+        load_onnx(spoiled)
+
+
+def test_what_a_graph_cannot_compute_is_one_line_with_its_name(spoiled, images, tmp_path):
+    write_metadata(spoiled, lambda facts: facts | {"class_names": [*facts["class_names"], "brick"]})
+    result = run("predict", images, "--model", spoiled, "--class-name", "brick", "--output-dir", tmp_path / "results")
+    assert isinstance(result.exception, MoECLIPError)
+    assert f"{spoiled / 'model.onnx'}: the graph cannot be computed: " in str(result.exception)
+    assert "\n" not in str(result.exception)
 
 
 def test_a_processor_that_leads_elsewhere_or_names_code_is_not_followed(spoiled, tmp_path, monkeypatch, capsys):

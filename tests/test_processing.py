@@ -1,6 +1,8 @@
 """Images and class names in; maps, scores, verdicts and regions out."""
 
 import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -66,6 +68,35 @@ def test_a_word_that_is_cut_may_fall_into_more_tokens():
     for benchmark in BENCHMARKS.values():
         for name in benchmark.classes.values():
             assert processor(text=[name], return_tensors="pt")["input_ids"].shape[1] <= limit, name
+
+
+def test_threads_that_share_a_processor_get_what_one_gets():
+    processor = MoECLIPProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
+    names = ["brick", "brick wall with moss", "brick wall " * 40]
+    expected = [processor(text=[name], return_tensors="pt") for name in names]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # between any two steps, as it may happen
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(lambda name: processor(text=[name], return_tensors="pt"), names * 40))
+    finally:
+        sys.setswitchinterval(interval)
+    for ours, theirs in zip(found, expected * 40, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_sentences_are_padded_as_asked_and_the_mask_tells(processor):
+    end = processor.tokenizer.eos_token_id
+    alone = processor(text="wood", padding=False)
+    limit = processor.tokenizer.model_max_length
+    for padding, length in ((True, max(map(len, alone["input_ids"]))), ("max_length", limit)):
+        padded = processor(text="wood", padding=padding)
+        for tokens, ids, mask in zip(alone["input_ids"], padded["input_ids"], padded["attention_mask"], strict=True):
+            assert tokens[-1] == end
+            filling = length - len(tokens)
+            assert ids == tokens + [processor.tokenizer.pad_token_id] * filling
+            assert mask == [1] * len(tokens) + [0] * filling
 
 
 @pytest.mark.parametrize("names", [["wood", "  "], [""], []])
