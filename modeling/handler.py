@@ -26,7 +26,7 @@ from urllib.request import (
 )
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import pipeline
 
 MAX_IMAGES = 16
@@ -104,7 +104,8 @@ def read_image(source: Any) -> bytes | Image.Image:
         with _decoding():
             if source.format not in (None, "MPO", *_FORMATS):  # not decoded yet, and what decodes it may be a program
                 raise ValueError
-            return ImageOps.exif_transpose(source)
+            source.load()
+            return source  # the pipeline turns it upright
     if isinstance(source, str):
         data = _download(source) if source.startswith(("http://", "https://")) else _decode_base64(source)
     elif isinstance(source, (bytes, bytearray)):
