@@ -240,7 +240,7 @@ def test_names_are_whole_where_the_table_goes_to_a_file(images, tmp_path):
 
 
 def test_an_image_that_memory_is_too_short_for_is_named_and_the_rest_is_done(images, tmp_path, monkeypatch):
-    """In reading, in computing, in finding regions and in drawing; each error as the machine would raise it."""
+    """In reading, in finding regions and in drawing; each error as the machine would raise it."""
     Image.new("RGB", (301, 200)).save(images / "large.png")
     allocator = RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory")
     for name, concerns, error in (
@@ -262,6 +262,26 @@ def test_an_image_that_memory_is_too_short_for_is_named_and_the_rest_is_done(ima
         (line,) = result.stderr.splitlines()
         assert "large" in line and "memory is" in line, name
         assert all(shown in result.stdout for shown in ("good.png", "large.png", "spot.jpg")), name
+
+
+def test_a_batch_that_memory_is_too_short_for_is_told_and_the_next_is_done(images, tmp_path, monkeypatch):
+    patch_maps = type(load_pretrained(device="cpu")).patch_maps
+    sizes = []
+
+    def run_short(self, pixel_values, encoded_class):
+        sizes.append(len(pixel_values))
+        if len(sizes) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return patch_maps(self, pixel_values, encoded_class)
+
+    monkeypatch.setattr("moeclip_hf.pretrained.Pretrained.patch_maps", run_short)
+    for name in ("a.png", "b.png"):
+        (images / name).write_bytes((images / "good.png").read_bytes())
+    result = run(images, "--batch-size", "2", "--json", cwd=tmp_path)
+    assert (result.exit_code, sizes) == (1, [2, 2])
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert ["lower --batch-size" in row.get("error", "") for row in rows] == [True, True, False, False]
+    assert all(row["score"] is not None for row in rows[2:])
 
 
 def test_results_of_files_with_one_name_do_not_overwrite_each_other(images, tmp_path):

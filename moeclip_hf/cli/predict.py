@@ -369,7 +369,7 @@ def _print_table(rows: list[dict[str, Any]], threshold: float, class_name: str) 
     table = Table(Column("image", overflow="fold"), "score", "verdict", title=title)
     for row in rows:
         if row["score"] is None:
-            score, verdict = Text("-"), Text("unreadable", "yellow")
+            score, verdict = Text("-"), Text("not scored", "yellow")
         else:
             score = Text(f"{row['score']:.4f}")
             verdict = Text("anomalous", "bold red") if row["is_anomalous"] else Text("normal", "green")
