@@ -177,15 +177,23 @@ class AnomalyMetrics:
         return {
             "images": np.concatenate([np.empty((0, 4)), *self._images]),
             "regions": np.array(self.num_regions),
+            "is_medical": np.array(self.domain == "medical"),
             **self._normal.state_dict("normal."),
             **self._anomalous.state_dict("anomalous."),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the contents by those of `state_dict` (arrays or tensors). Raises MoECLIPError if one is missing."""
+        """
+        Replace the contents by those of `state_dict` (arrays or tensors).
+
+        Raises:
+            MoECLIPError: if one is missing, or they are of the other domain.
+        """
         arrays = {key: _as_array(values) for key, values in state.items()}
         restored = AnomalyMetrics(self.domain)
         try:
+            if bool(arrays["is_medical"]) != (self.domain == "medical"):
+                raise MoECLIPError(f"not a state of {self.domain} metrics but of the other domain's")
             restored._images, restored.num_regions = [arrays["images"]], int(arrays["regions"])
             restored._normal.load_state_dict(arrays, "normal.")
             restored._anomalous.load_state_dict(arrays, "anomalous.")

@@ -391,6 +391,15 @@ def test_an_interrupted_evaluation_goes_on_from_its_state(budget, request, tmp_p
     assert resumed.num_images == whole.num_images
 
 
+def test_a_state_of_the_other_domain_is_refused():
+    parts, _ = parts_of(np.random.default_rng(17), size=32)
+    metrics = measured(*parts[0])
+    other = AnomalyMetrics("industrial")
+    with pytest.raises(MoECLIPError, match="not a state of industrial metrics"):
+        other.load_state_dict(metrics.state_dict())
+    assert other.num_images == 0
+
+
 def test_an_incomplete_state_is_refused_and_changes_nothing():
     parts, _ = parts_of(np.random.default_rng(17), size=32)
     state = measured(*parts[0]).state_dict()

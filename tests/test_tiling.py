@@ -249,6 +249,7 @@ def test_the_command_does_as_the_library(tmp_path, options, tiling, size):
     assert np.allclose(np.load(row["map"]), expected["map"].numpy(), atol=1e-5)
     assert Image.open(row["overlay"]).size == (320, 200)
     assert ("thresholds are for whole images" in result.stderr) == (tiling is not None)
+    assert ("thresholds are for its own input size" in result.stderr) == (tiling is None)
 
 
 @pytest.mark.parametrize(("options", "is_said"), [(["--threshold", "0.5"], True), (BOTH_THRESHOLDS, False)])
@@ -257,6 +258,9 @@ def test_thresholds_that_were_chosen_for_tiles_are_not_objected_to(tmp_path, opt
     result = run(tmp_path / "part.png", "--tile", "auto", "--no-overlays", *options)
     assert result.exit_code == 0, result.output
     assert ("thresholds are for whole images" in result.stderr) == is_said
+    resized = run(tmp_path / "part.png", "--image-size", "160", "--no-overlays", *options)
+    assert ("thresholds are for its own input size" in resized.stderr) == is_said
+    assert not run(tmp_path / "part.png", "--image-size", "256", "--no-overlays", *options).stderr
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,10 @@ _THRESHOLDS_IN_TILES = (
     "the checkpoint's thresholds are for whole images, and scores rise with the number of tiles: set --threshold and "
     "--pixel-threshold from normal images in the same tiles (docs/large_images.md)."
 )
+_THRESHOLDS_AT_ANOTHER_SIZE = (
+    "the checkpoint's thresholds are for its own input size, and scores are others at this one: set --threshold and "
+    "--pixel-threshold from normal images at the same size."
+)
 
 
 class MapFormat(StrEnum):
@@ -152,11 +156,14 @@ def predict(
         output_dir.mkdir(parents=True, exist_ok=True)  # now rather than after an hour
     detector = _load_detector(model, revision, backend, device, dtype)
     processor = detector.processor
-    if tile and None in (threshold, pixel_threshold):
-        typer.echo(f"moeclip: {_THRESHOLDS_IN_TILES}", err=True)
+    size = input_size(processor, image_size, keep_aspect)
+    if None in (threshold, pixel_threshold):
+        if tile:
+            typer.echo(f"moeclip: {_THRESHOLDS_IN_TILES}", err=True)
+        elif size != processor.image_processor.size:
+            typer.echo(f"moeclip: {_THRESHOLDS_AT_ANOTHER_SIZE}", err=True)
     threshold = processor.image_threshold if threshold is None else threshold
     pixel_threshold = processor.pixel_threshold if pixel_threshold is None else pixel_threshold
-    size = input_size(processor, image_size, keep_aspect)
     tiling = (Tiling(tile_size) if tile_overlap is None else Tiling(tile_size, tile_overlap)) if tile else None
     predictions = predict_files(
         detector, paths, class_name, batch_size, threshold, pixel_threshold, size=size, tiling=tiling
