@@ -283,6 +283,8 @@ def _errors_told_by(*predictions: Prediction) -> Iterator[None]:
     """Have predictions say why they cannot be made: what does not fit the model, and what does not fit into memory."""
     try:
         yield
+    except MoECLIPError:  # of the detector, and so of every image
+        raise
     except (ValueError, MemoryError, RuntimeError) as error:
         if isinstance(error, ValueError):
             reason = str(error)
