@@ -28,6 +28,7 @@ _METHOD_SIZE = 518
 _MIN_GRID = 3
 # Tags of TIFFs that PIL heeds in images of 8 bits alone.
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+_ORIENTATION = 274  # of EXIF
 # Cameras of 10 or 12 bits fill 16 from below with them.
 _DIM = 1 << 12
 # How far resampling leads floats beyond their range of 0 to 1.
@@ -233,7 +234,7 @@ def _converted(image: Any, name: str, upright: bool) -> Image.Image:
     tags = getattr(image, "tag_v2", {})  # a TIFF's; what is made of it has them no more
     try:
         image.load()  # it may have been opened, and no more
-        if upright:
+        if upright and image.getexif().get(_ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
     except Exception as error:  # decoders raise whatever a damaged file leads them to
         raise ValueError(f"An image cannot be decoded ({_reason(error)}).") from error

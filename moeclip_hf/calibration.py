@@ -5,6 +5,8 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 _PROCESSOR_FILE = "processor_config.json"
 _CARD = "README.md"
 _COPIED = (*PUBLISHED_FILES, "*.py")
+_MAKE_A_CHECKPOINT = ("config.json", "adapter_config.json")
 _NAMED = 10
 
 
@@ -322,20 +325,29 @@ def copy_checkpoint(
         from huggingface_hub import snapshot_download
 
         source = snapshot_download(str(source), revision=revision, allow_patterns=list(_COPIED), ignore_patterns="*/*")
-    partial = output.absolute().with_name(f"{output.absolute().name}.partial")
+    is_new, moved = not output.exists(), list[Path]()
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for file in sorted(Path(source).iterdir()):
-            if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in _COPIED):
-                shutil.copy(file, partial / file.name)
-        if thresholds is not None:
-            store_thresholds(partial, thresholds)
-        partial.replace(output)  # which may be there, empty
-    except OSError as error:
-        raise MoECLIPError(f"{output}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as staging:
+            for file in sorted(Path(source).iterdir()):
+                if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in _COPIED):
+                    shutil.copy(file, staging)
+            if thresholds is not None:
+                store_thresholds(Path(staging), thresholds)
+            # The configuration last: without it the folder is no checkpoint.
+            for file in sorted(Path(staging).iterdir(), key=lambda file: file.name in _MAKE_A_CHECKPOINT):
+                moved.append(output / file.name)
+                os.replace(file, moved[-1])
+    except BaseException as error:
+        for file in moved:
+            file.unlink(missing_ok=True)
+        if is_new:
+            shutil.rmtree(output, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise MoECLIPError(f"{output}: cannot be written ({error.strerror or error})") from error
+        if isinstance(error, MoECLIPError):  # of a file in the folder that is gone
+            raise type(error)(re.sub(r"[/\\]\.partial-\w+", "", str(error))) from error
+        raise
 
 
 def check_writable(folder: Path) -> None:

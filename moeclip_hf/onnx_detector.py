@@ -1,6 +1,7 @@
 """Using what was exported: a graph that onnxruntime computes, in place of torch's model."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,6 +53,8 @@ class OnnxDetector(NamedTuple):
         try:
             grids, scores = self.session.run(_OUTPUTS, inputs)
         except Exception as error:  # onnxruntime's own know no common base
+            if isinstance(error, MemoryError) or re.search("bad_alloc|[Ff]ailed to allocate", str(error)):
+                raise MemoryError from error
             raise MoECLIPError(f"{self.path}: the graph cannot be computed: {_reason(error)}") from error
         return torch.from_numpy(np.asarray(grids)), torch.from_numpy(np.asarray(scores))
 

@@ -119,9 +119,9 @@ def _images_below(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise MoECLIPError(f"{error.filename}: cannot be searched for images ({error.strerror}).")
 
-    files = [Path(found) / name for found, _, names in os.walk(folder, onerror=refuse) for name in names]
-    tell_passed_over(folder, (file.name for file in files))
-    return sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(Path(found) / name for found, _, names in os.walk(folder, onerror=refuse) for name in names)
+    tell_passed_over(folder, (str(file.relative_to(folder)) for file in files))
+    return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _is_folder(path: Path) -> bool:
@@ -264,13 +264,19 @@ def _detect(
     for read in batch:
         if read.pixels is not None:
             by_shape.setdefault(read.pixels.shape, []).append(read)
-    for alike in by_shape.values():
+    waiting = list(by_shape.values())
+    while waiting:
+        alike = waiting.pop()
         with _errors_told_by(*(read.prediction for read in alike)):
             pixel_values = torch.from_numpy(np.stack([read.pixels for read in alike if read.pixels is not None]))
             grids, scores = detector.patch_maps(pixel_values, encoded_class)
+        if alike[0].prediction.error is not None:
+            if len(alike) > 1:  # memory may do for one at a time
+                for read in alike:
+                    read.prediction.error = None
+                    waiting.append([read])
+            continue
         for place, (prediction, _) in enumerate(alike):
-            if prediction.error is not None:
-                continue
             assert prediction.image is not None  # since it was prepared
             own, sizes = slice(place, place + 1), [(prediction.image.height, prediction.image.width)]
             with _errors_told_by(prediction):

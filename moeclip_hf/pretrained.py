@@ -305,7 +305,7 @@ def is_adapter(folder: Path) -> bool:
 
 def _refuse_incomplete(source: str, names: set[str]) -> None:
     """Refuse a folder that lacks one of the files that every checkpoint has."""
-    if "model.onnx" in names and CONFIG not in names:
+    if "model.onnx" in names and not {CONFIG, ADAPTER_CONFIG} & names:
         raise CheckpointError(
             f"{source}: is an exported graph, which only scores: name the checkpoint it was made of."
         )

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -23,7 +24,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         MoECLIPError: naming what cannot be written, and why.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f".{uuid4().hex}.partial")  # of this writer alone
     try:
         yield partial
         os.replace(partial, path)
@@ -61,9 +62,11 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 def is_result(path: Path) -> bool:
     """Whether a file is a picture that `moeclip predict` or `moeclip explain` wrote: told from name and contents."""
-    if not path.name.endswith(_PICTURES) or not path.is_file():
+    if not path.name.endswith(_PICTURES):
         return False
     try:
+        if not path.is_file():
+            return False
         with Image.open(path, formats=["PNG"]) as picture:
             return picture.info.get("Software") == _SOFTWARE
     except Exception:  # whatever a damaged file leads to; reading it says so

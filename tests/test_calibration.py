@@ -5,6 +5,7 @@ import gc
 import json
 import re
 import shutil
+import sys
 import weakref
 from pathlib import Path
 
@@ -232,6 +233,62 @@ def test_machines_get_the_thresholds_that_are_stored(normal_folder, checkpoint, 
     assert again["normal_images"] == 15
     assert again["before"] == facts["thresholds"]
     assert load_pretrained(tmp_path / "a", device="cpu").processor.image_threshold == again["thresholds"]["image"]
+
+
+def test_a_copy_goes_into_any_empty_folder_and_takes_nothing_beside_it(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine.txt").touch()
+    for name in ("out", "here", "there"):
+        (tmp_path / name).mkdir(mode=0o750)
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    names = {file.name for file in checkpoint.iterdir()}
+    copy_checkpoint(checkpoint, tmp_path / "out", thresholds=Thresholds(0.25, 0.125))
+    copy_checkpoint(checkpoint, tmp_path / "link")
+    monkeypatch.chdir(tmp_path / "here")
+    copy_checkpoint(checkpoint, Path())
+    copy_checkpoint(checkpoint, tmp_path / "new" / "folder")
+    for folder in ("out", "there", "here", "new/folder"):
+        assert {file.name for file in (tmp_path / folder).iterdir()} == names
+    assert load_pretrained(tmp_path / "out", device="cpu").processor.pixel_threshold == 0.125
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "out.partial" / "mine.txt").exists()
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+@pytest.mark.parametrize("step", ["moeclip_hf.calibration.shutil.copy", "moeclip_hf.calibration.os.replace"])
+def test_a_copy_that_cannot_be_finished_leaves_nothing_and_the_thresholds_are_told(
+    normal_folder, checkpoint, tmp_path, monkeypatch, step, is_new
+):
+    if not is_new:
+        (tmp_path / "copy").mkdir()
+    module, _, name = step.rpartition(".")
+    plain, calls = getattr(sys.modules[module.rpartition(".")[2]], name), []
+
+    def run_full(*given, **options):
+        calls.append(given)
+        if len(calls) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain(*given, **options)
+
+    monkeypatch.setattr(step, run_full)
+    options = ("--false-alarm-rate", "0.1", "--model", checkpoint, "--output", tmp_path / "copy")
+    told = str(run(normal_folder, *options).exception)
+    image, pixel = (r"0\.\d+ for images", r"0\.\d+ for pixels")
+    assert re.fullmatch(
+        rf"{tmp_path}/copy: cannot be written \(No space.*; the thresholds are {image} and {pixel}\.", told
+    )
+    assert (tmp_path / "copy").exists() != is_new
+    assert is_new or not list((tmp_path / "copy").iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_scored(
+    normal_folder, checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("moeclip_hf.calibration.score_for_calibration", lambda *_: pytest.fail("scored"))
+    (tmp_path / "file").touch()
+    failure = run(normal_folder, "--model", checkpoint, "--output", tmp_path / "file" / "copy").exception
+    assert isinstance(failure, MoECLIPError)
+    assert str(failure).startswith(f"{tmp_path}/file/copy: cannot be written (")
 
 
 def test_a_copy_holds_no_pickles_and_no_steps_of_the_run(normal_folder, checkpoint, tmp_path):

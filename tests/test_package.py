@@ -103,6 +103,7 @@ def test_wrong_usage_is_told_before_anything_heavy_is_loaded(tmp_path):
         "convert released",
         "convert released --adapter a --clip c --output file",
         "convert released --adapter a --clip c --output out --moe-layers few",
+        "convert released --adapter a --clip c --output out --moe-layers 6,,12",
         "convert openai --clip c --output file/below",
         "convert openai --clip c --output out --vision-heads 0",
         "convert export --model m --output .",

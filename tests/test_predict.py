@@ -228,6 +228,36 @@ def test_an_image_is_not_overwritten_by_the_overlay_of_another(images, tmp_path)
     assert original.read_bytes() == before
 
 
+def test_a_picture_that_is_no_result_is_not_overwritten(images, tmp_path):
+    (images / "good_overlay.png").write_bytes((images / "good.png").read_bytes())
+    (images / "good_overlay.png.partial").write_bytes(b"mine")
+    result = run(images / "good.png", "--output-dir", images, cwd=tmp_path)
+    told = f"{images / 'good_overlay.png'}: is no result of moeclip's, and those of {images / 'good.png'} would"
+    assert str(result.exception).startswith(told)
+    assert (images / "good_overlay.png").read_bytes() == (images / "good.png").read_bytes()
+    (images / "good_overlay.png").unlink()
+    for _ in range(2):
+        assert run(images / "good.png", "--output-dir", images, cwd=tmp_path).exit_code == 0
+    assert (images / "good_overlay.png.partial").read_bytes() == b"mine"
+    assert not list(images.glob(".*"))
+
+
+def test_a_name_that_no_disk_takes_ends_nothing(images, tmp_path):
+    result = run(images / "good.png", f"{'a' * 300}_overlay.png", "--no-overlays", "--json", cwd=tmp_path)
+    first, second = (json.loads(line) for line in result.stdout.splitlines())
+    assert first["score"] is not None and "too long" in second["error"]
+
+
+def test_images_of_kinds_that_are_not_read_are_told_with_their_folders(images):
+    for name in ("b.heic", "line 2/a.heic"):
+        (images / name).touch()
+    with pytest.warns(MoECLIPWarning, match=r"passes over 2 files, of which the first is b\.heic"):
+        find_images([images])
+    (images / "b.heic").unlink()
+    with pytest.warns(MoECLIPWarning, match=r"passes over 1 files, of which the first is line 2/a\.heic"):
+        find_images([images])
+
+
 def test_names_are_whole_where_the_table_goes_to_a_file(images, tmp_path):
     far = tmp_path / ("station with a name " * 8) / ("camera " * 10)
     far.mkdir(parents=True)
@@ -264,13 +294,13 @@ def test_an_image_that_memory_is_too_short_for_is_named_and_the_rest_is_done(ima
         assert all(shown in result.stdout for shown in ("good.png", "large.png", "spot.jpg")), name
 
 
-def test_a_batch_that_memory_is_too_short_for_is_told_and_the_next_is_done(images, tmp_path, monkeypatch):
+def test_a_batch_that_memory_is_too_short_for_is_done_image_by_image(images, tmp_path, monkeypatch):
     patch_maps = type(load_pretrained(device="cpu")).patch_maps
     sizes = []
 
     def run_short(self, pixel_values, encoded_class):
         sizes.append(len(pixel_values))
-        if len(sizes) == 1:
+        if len(sizes) in (1, 3):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return patch_maps(self, pixel_values, encoded_class)
 
@@ -278,10 +308,10 @@ def test_a_batch_that_memory_is_too_short_for_is_told_and_the_next_is_done(image
     for name in ("a.png", "b.png"):
         (images / name).write_bytes((images / "good.png").read_bytes())
     result = run(images, "--batch-size", "2", "--json", cwd=tmp_path)
-    assert (result.exit_code, sizes) == (1, [2, 2])
+    assert (result.exit_code, sizes) == (1, [2, 1, 1, 2])
     rows = [json.loads(line) for line in result.stdout.splitlines()]
-    assert ["lower --batch-size" in row.get("error", "") for row in rows] == [True, True, False, False]
-    assert all(row["score"] is not None for row in rows[2:])
+    assert ["lower --batch-size" in row.get("error", "") for row in rows].count(True) == 1
+    assert [row["score"] is None for row in rows] == ["error" in row for row in rows]
 
 
 def test_results_of_files_with_one_name_do_not_overwrite_each_other(images, tmp_path):
@@ -369,6 +399,9 @@ def test_checkpoints_that_cannot_score_are_refused_with_the_reason(tmp_path):
     (tmp_path / "graph").mkdir()
     (tmp_path / "graph" / "model.onnx").touch()
     with pytest.raises(CheckpointError, match=r"graph: is an exported graph.*name the checkpoint it was made of"):
+        load_pretrained(tmp_path / "graph")
+    (tmp_path / "graph" / "adapter_config.json").touch()  # an adapter that a graph was written beside
+    with pytest.raises(CheckpointError, match=r"has no adapter_model\.safetensors"):
         load_pretrained(tmp_path / "graph")
     config = tiny_config()
     towers = {"vision_config": config.vision_config.to_dict(), "text_config": config.text_config.to_dict()}

@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from PIL import Image
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
@@ -19,7 +21,7 @@ from typer.testing import CliRunner
 from moeclip_hf import MoECLIPConfig, MoECLIPModel, MoECLIPProcessor
 from moeclip_hf.cli import app
 from moeclip_hf.errors import CheckpointError, MoECLIPError
-from moeclip_hf.onnx_detector import load_onnx
+from moeclip_hf.onnx_detector import OnnxDetector, load_onnx
 from moeclip_hf.prediction import predict
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
 
@@ -214,6 +216,18 @@ def test_a_graph_of_something_else_is_refused_by_name(spoiled):
     write_metadata(spoiled, lambda facts: facts | {"class_names": ["granite"]})
     with pytest.raises(CheckpointError, match="its graph, from pixel_values to pixels_again, is none for the classes"):
         load_onnx(spoiled)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("std::bad_alloc"), RuntimeError("Failed to allocate memory")]
+)
+def test_short_memory_of_a_graph_is_told_as_such(error):
+    def run_short(*_):
+        raise error
+
+    detector = OnnxDetector(SimpleNamespace(run=run_short), ("brick",), None, Path("graph.onnx"))
+    with pytest.raises(MemoryError):
+        detector.patch_maps(torch.zeros(1, 3, 16, 16), torch.zeros(1, dtype=torch.long))
 
 
 def test_what_a_graph_cannot_compute_is_one_line_with_its_name(spoiled, images, tmp_path):

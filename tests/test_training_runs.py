@@ -355,6 +355,8 @@ def test_new_experts_that_no_tap_would_see_are_refused(clip):
     with pytest.raises(CheckpointError, match=told):
         start_model(clip, get_recipe("paper"), feature_layers=[2, 4])
     start_model(clip, get_recipe("paper"), feature_layers=[2, 4], moe_layers=[1, 3])
+    with pytest.raises(CheckpointError, match=r"name a later tap \(--feature-layers\)"):
+        start_model(clip, get_recipe("paper"), feature_layers=[2, 4], moe_layers=[6])
 
 
 def test_source_that_is_no_checkpoint_is_named(tmp_path: Path):

@@ -92,9 +92,15 @@ def _is_remote(path: object) -> bool:
 
 def _check_address(host: str) -> None:
     """Listen at an address for a moment, or raise; Gradio would try a hundred ports of it, for minutes."""
-    family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.bind(address)
+    failure = None
+    for family, kind, _, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+        try:
+            with socket.socket(family, kind) as probe:
+                return probe.bind(address)
+        except OSError as error:  # such as IPv6's, on a machine without
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 def launch_app(

@@ -136,7 +136,7 @@ def calibrate(
             calibration.copy_checkpoint(source, output, commit, thresholds)
         else:
             calibration.store_thresholds(folder, thresholds)
-    except MoECLIPError as error:
+    except (MoECLIPError, OSError) as error:
         found = f"the thresholds are {thresholds.image} for images and {thresholds.pixel} for pixels"
         raise MoECLIPError(f"{str(error).removesuffix('.')}; {found}.") from error
 

@@ -32,8 +32,10 @@ _MOECLIP_SETTINGS = (
 
 
 def _whole_numbers(text: str) -> list[int]:
+    if not text.strip():
+        return []
     try:
-        return [int(number) for number in text.split(",") if number.strip()]
+        return [int(number) for number in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{text!r} is no list of whole numbers such as 6,12,18,24.") from None
 

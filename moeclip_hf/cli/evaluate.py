@@ -91,8 +91,9 @@ def evaluate(
         require_matplotlib()
     data_sets = _read_data_sets(dataset, data_dir, classes, class_name, domain.value)
     pretrained = load_pretrained(model, device, dtype.value if dtype else None, revision)
-    # Beside unfinished batches stand the results of the run that was interrupted.
-    if is_main and not (output_dir / _UNFINISHED).exists() and (kept := set_aside(output_dir)):
+    # Beside unfinished batches of its data sets stand the results of the run that was interrupted, and goes on.
+    goes_on = any((output_dir / _UNFINISHED / name).exists() for name in data_sets)
+    if is_main and not goes_on and (kept := set_aside(output_dir)):
         typer.echo(f"The results that were in {output_dir} are kept in {kept}.", err=True)
     results = []
     for name, rows in data_sets.items():

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 # Of the images whose overlays wait to be written, beside the one that is: so that memory grows neither with their
 # number nor with their size.
 _PIXELS_AHEAD = 1 << 23
-# In bytes, so that file systems, which take 255, take it with an ending as well, while it is being written too.
-_LONGEST_NAME = 230
+# In bytes, so that file systems, which take 255, take it with an ending as well.
+_LONGEST_NAME = 235
 _ANY_WIDTH = 1 << 15
 _THRESHOLDS_IN_TILES = (
     "the checkpoint's thresholds are for whole images, and scores rise with the number of tiles: set --threshold and "
@@ -247,9 +247,10 @@ def _targets(paths: list[Path], output_dir: Path, endings: dict[str, str]) -> Ca
     Where each image's results go, by kind.
 
     Raises:
-        MoECLIPError: if an image would be overwritten by a result of another.
+        MoECLIPError: if a picture that is no result would be overwritten by one.
     """
     from moeclip_hf.errors import MoECLIPError
+    from moeclip_hf.writing import is_result
 
     names = _output_names(paths)
 
@@ -264,6 +265,11 @@ def _targets(paths: list[Path], output_dir: Path, endings: dict[str, str]) -> Ca
             images = images or {identity: image for image in paths if (identity := _identity(image))}
             if image := images.get(there):
                 raise MoECLIPError(f"{image}: the results of {path} would overwrite it: name another --output-dir.")
+            if target.suffix == ".png" and target.is_file() and not is_result(target):
+                raise MoECLIPError(
+                    f"{target}: is no result of moeclip's, and those of {path} would overwrite it: name another "
+                    "--output-dir."
+                )
     return targets
 
 

@@ -97,5 +97,9 @@ def _refuse_other_settings(recorded: Path, settings: dict[str, Any], folder: Pat
 
 def list_differences(found: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """Settings that were found to be others, with both values, in words; empty if there are none."""
-    other = (name for name in settings if found.get(name) != settings[name])
-    return ", ".join(f"{name} {found.get(name)}, not {settings[name]}" for name in other)
+    other = [name for name in settings if name in found and found[name] != settings[name]]
+    told = [f"{name} {found[name]}, not {settings[name]}" for name in other]
+    unknown = [name for name in settings if name not in found]
+    if unknown:
+        told.append(f"{len(unknown)} settings that an earlier version did not record, such as {unknown[0]}")
+    return ", ".join(told)

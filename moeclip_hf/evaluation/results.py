@@ -8,8 +8,10 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,12 +241,18 @@ def set_aside(output_dir: Path) -> Path | None:
     document = output_dir / "results.json"
     if not document.exists():
         return None
-    written = datetime.fromtimestamp(document.stat().st_mtime)
-    kept = output_dir / written.strftime("%Y-%m-%d-%H%M%S")
-    kept.mkdir(exist_ok=True)
-    for pattern in ("results.csv", "results.md", "*_curves.png", "*_images.png", "results.json"):
-        for path in output_dir.glob(pattern):
-            os.replace(path, kept / path.name)
+    written = datetime.fromtimestamp(document.stat().st_mtime).strftime("%Y-%m-%d-%H%M%S")
+    names = chain([written], (f"{written}-{number}" for number in count(2)))
+    kept = next(output_dir / name for name in names if not (output_dir / name).exists())
+    try:
+        datasets = [str(result["dataset"]) for result in json.loads(document.read_text())["datasets"]]
+    except (ValueError, KeyError, TypeError):  # it is no document of ours, and has no pictures
+        datasets = []
+    pictures = [f"{dataset}_{kind}.png" for dataset in datasets for kind in ("curves", "images")]
+    kept.mkdir()
+    for name in ("results.csv", "results.md", *pictures, "results.json"):
+        with suppress(FileNotFoundError):
+            os.replace(output_dir / name, kept / name)
     return kept
 
 

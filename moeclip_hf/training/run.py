@@ -138,9 +138,10 @@ def _refuse_idle_experts(wanted: MoECLIPConfig) -> None:
     idle = [block for block in wanted.moe_layers or () if block >= last]
     if idle:
         rest = ",".join(str(block) for block in wanted.moe_layers or () if block < last)
+        remedy = f"leave them out (--moe-layers {rest})" if rest else "name a later tap (--feature-layers)"
         raise CheckpointError(
             f"experts of moe_layers {idle} (from 0) lie behind the last tap, {last} (from 1), and would change no "
-            f"score: leave them out (--moe-layers {rest})"
+            f"score: {remedy}"
         )
 
 

@@ -398,7 +398,9 @@ class MoECLIPTrainer(Trainer):
         except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: cannot be resumed from: {error}") from error
         for name, value in (self.settings | self.model_settings).items():
-            if name not in _MAY_CHANGE and saved.get(name) != value:
+            if name not in saved:
+                raise CheckpointError(f"{folder}: does not record {name}, as an earlier version wrote it: train anew.")
+            if name not in _MAY_CHANGE and saved[name] != value:
                 raise CheckpointError(f"{folder}: was trained with {name} {saved.get(name)}, not {value}.")
         if set(weights) != self.own_weights:
             odd = sorted(set(weights) ^ self.own_weights)
