@@ -23,8 +23,7 @@ from moeclip_hf.cli import app
 from moeclip_hf.data import BENCHMARKS, load_data, read_mask
 from moeclip_hf.errors import DatasetError, MoECLIPError, MoECLIPWarning, UnreadableImageError
 from moeclip_hf.evaluation import EvaluationResult, GroupResult, evaluate, scoring
-from moeclip_hf.evaluation.checkpointing import list_differences
-from moeclip_hf.evaluation.results import METRICS, caveats, dataset_table, mean_metrics, set_aside, summary_table
+from moeclip_hf.evaluation.results import METRICS, caveats, dataset_table, mean_metrics, summary_table
 from moeclip_hf.plots import draw_captioned, draw_curves, outline_mask
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
 
@@ -321,22 +320,9 @@ def test_the_results_of_an_earlier_evaluation_are_kept(tmp_path):
         *(kept.name, "notes.txt", "my_images.png", ".unfinished"),
     }
     assert [one["dataset"] for one in json.loads((out / "results.json").read_text())["datasets"]] == ["scans"]
-
-
-def test_results_of_one_second_are_kept_apart(tmp_path):
-    for number in (1, 2):
-        (tmp_path / "results.json").write_text(str(number))
-        os.utime(tmp_path / "results.json", (1_000_000_000, 1_000_000_000))
-        set_aside(tmp_path)
-    assert sorted(path.read_text() for path in tmp_path.glob("*/results.json")) == ["1", "2"]
-
-
-def test_what_an_earlier_version_did_not_record_is_said():
-    found, settings = {"weights": "a"}, {"weights": "a", "num_experts": 4, "lora_rank": 8}
-    told = "2 settings that an earlier version did not record, such as num_experts"
-    assert list_differences(found, settings) == told
-    assert list_differences({"weights": "b"}, settings) == f"weights b, not a, {told}"
-    assert list_differences(settings, settings) == ""
+    again = run("--data-dir", tmp_path / "scans", "--output-dir", out, "--no-pictures")
+    assert (again.exit_code, again.stderr) == (0, "")
+    assert [path for path in out.iterdir() if path.is_dir() and path.name != ".unfinished"] == [kept]
 
 
 def test_people_get_tables_reports_and_pictures(tmp_path):

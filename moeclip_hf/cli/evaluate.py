@@ -81,7 +81,7 @@ def evaluate(
     from moeclip_hf.evaluation import write_reports
     from moeclip_hf.evaluation.pictures import require_matplotlib, write_pictures
     from moeclip_hf.evaluation.protocol import provenance
-    from moeclip_hf.evaluation.results import set_aside
+    from moeclip_hf.evaluation.results import drop_repetitions, set_aside
     from moeclip_hf.pretrained import load_pretrained
     from moeclip_hf.processes import join_processes, leave_processes
 
@@ -93,8 +93,7 @@ def evaluate(
     pretrained = load_pretrained(model, device, dtype.value if dtype else None, revision)
     # Beside unfinished batches of its data sets stand the results of the run that was interrupted, and goes on.
     goes_on = any((output_dir / _UNFINISHED / name).exists() for name in data_sets)
-    if is_main and not goes_on and (kept := set_aside(output_dir)):
-        typer.echo(f"The results that were in {output_dir} are kept in {kept}.", err=True)
+    kept = set_aside(output_dir) if is_main and not goes_on else None
     results = []
     for name, rows in data_sets.items():
         with progress_bar(name, quiet=as_json or not is_main) as progress:
@@ -115,6 +114,9 @@ def evaluate(
                 _print_result(result)
     if is_main:
         _finish(results, provenance(pretrained), output_dir, as_json)
+        drop_repetitions(output_dir)
+        if kept is not None and kept.exists():
+            typer.echo(f"The results that were in {output_dir} are kept in {kept}.", err=True)
     leave_processes()
 
 

@@ -24,6 +24,7 @@ from moeclip_hf.writing import write_whole
 if TYPE_CHECKING:
     from moeclip_hf.metrics import Curve
 
+_DOCUMENT = "results.json"
 METRICS = {
     "image_auroc": "image AUROC",
     "image_ap": "image AP",
@@ -238,29 +239,48 @@ def set_aside(output_dir: Path) -> Path | None:
     Returns:
         The subfolder, if there was anything.
     """
-    document = output_dir / "results.json"
+    document = output_dir / _DOCUMENT
     if not document.exists():
         return None
     written = datetime.fromtimestamp(document.stat().st_mtime).strftime("%Y-%m-%d-%H%M%S")
     names = chain([written], (f"{written}-{number}" for number in count(2)))
-    kept = next(output_dir / name for name in names if not (output_dir / name).exists())
+    # One without a document was being moved to when it was interrupted.
+    kept = next(output_dir / name for name in names if not (output_dir / name / _DOCUMENT).exists())
     try:
-        datasets = [str(result["dataset"]) for result in json.loads(document.read_text())["datasets"]]
+        datasets = [str(result["dataset"]) for result in _figures_in(document)]
     except (ValueError, KeyError, TypeError):  # it is no document of ours, and has no pictures
         datasets = []
     pictures = [f"{dataset}_{kind}.png" for dataset in datasets for kind in ("curves", "images")]
-    kept.mkdir()
-    for name in ("results.csv", "results.md", *pictures, "results.json"):
+    kept.mkdir(exist_ok=True)
+    for name in ("results.csv", "results.md", *pictures, _DOCUMENT):
         with suppress(FileNotFoundError):
             os.replace(output_dir / name, kept / name)
     return kept
+
+
+def drop_repetitions(output_dir: Path) -> None:
+    """Delete what [`set_aside`] has kept and the folder now holds again: the same files, and every figure the same."""
+    figures = _figures_in(output_dir / _DOCUMENT)
+    for kept in output_dir.glob("[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-*"):
+        files = sorted(kept.iterdir(), key=lambda file: file.name == _DOCUMENT)
+        with suppress(OSError, ValueError, KeyError, TypeError):  # it is none of ours
+            if all((output_dir / file.name).is_file() for file in files):
+                if files and _figures_in(kept / _DOCUMENT) != figures:
+                    continue
+                for file in files:
+                    file.unlink()
+                kept.rmdir()
+
+
+def _figures_in(document: Path) -> Any:
+    return json.loads(document.read_text())["datasets"]
 
 
 def write_reports(results: Sequence[EvaluationResult], provenance: Mapping[str, Any], output_dir: Path) -> None:
     """Write `results.json`, `results.csv` and `results.md`; a crash leaves each as it was, or as it is to be."""
     output_dir.mkdir(parents=True, exist_ok=True)
     reports = {
-        "results.json": json.dumps(to_document(results, provenance), indent=2) + "\n",
+        _DOCUMENT: json.dumps(to_document(results, provenance), indent=2) + "\n",
         "results.csv": _csv(results),
         "results.md": _markdown(results, provenance),
     }
