@@ -1,10 +1,10 @@
 """Files that are there whole or not at all, and pictures that can be told from those of parts."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from uuid import uuid4
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -24,7 +24,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         MoECLIPError: naming what cannot be written, and why.
     """
-    partial = path.with_name(f".{uuid4().hex}.partial")  # of this writer alone
+    # No name of anybody's, short, and the same each time, so that what a crash has left is written over.
+    digest = hashlib.blake2b(os.fsencode(path.name), digest_size=16).hexdigest()
+    partial = path.with_name(f".{digest}.partial")
     try:
         yield partial
         os.replace(partial, path)
