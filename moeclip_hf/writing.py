@@ -54,8 +54,10 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     Save a result as a PNG that [`is_result`] knows again.
 
     Raises:
-        MoECLIPError: naming what cannot be written, and why.
+        MoECLIPError: naming what cannot be written, and why: also where a picture is that is no result.
     """
+    if path.is_file() and not is_result(path):
+        raise MoECLIPError(f"{path}: is no result of moeclip's, and is not written over: name another folder.")
     info = PngInfo()
     info.add_text("Software", _SOFTWARE)
     with whole_file(path) as partial:

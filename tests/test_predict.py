@@ -242,6 +242,19 @@ def test_a_picture_that_is_no_result_is_not_overwritten(images, tmp_path):
     assert not list(images.glob(".*"))
 
 
+def test_explain_overwrites_no_picture_that_is_no_result(images, tmp_path):
+    own = tmp_path / "out" / "good_routing.png"
+    own.parent.mkdir()
+    own.write_bytes((images / "good.png").read_bytes())
+    explain = ["explain", str(images / "good.png"), "--device", "cpu", "--output-dir", str(own.parent)]
+    failure = CliRunner().invoke(app, explain).exception
+    assert isinstance(failure, MoECLIPError) and str(failure).startswith(f"{own}: is no result of moeclip's")
+    assert own.read_bytes() == (images / "good.png").read_bytes()
+    own.unlink()
+    for _ in range(2):
+        assert CliRunner().invoke(app, explain).exit_code == 0
+
+
 def test_a_name_that_no_disk_takes_ends_nothing(images, tmp_path):
     result = run(images / "good.png", f"{'a' * 300}_overlay.png", "--no-overlays", "--json", cwd=tmp_path)
     first, second = (json.loads(line) for line in result.stdout.splitlines())
