@@ -5,11 +5,9 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
-import os
-import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -25,10 +23,10 @@ from moeclip_hf.errors import CheckpointError, MoECLIPError, UnreadableImageErro
 from moeclip_hf.histogram import ScoreHistogram
 from moeclip_hf.model_card import renew_thresholds
 from moeclip_hf.modeling.processing_moeclip import patch_maps, upsample
-from moeclip_hf.pretrained import PUBLISHED_FILES, Pretrained
+from moeclip_hf.pretrained import ADAPTER_CONFIG, CONFIG, PUBLISHED_FILES, Pretrained
 from moeclip_hf.reading import leave_undecoded, read_row
 from moeclip_hf.threads import read_ahead
-from moeclip_hf.writing import write_whole
+from moeclip_hf.writing import telling_what_cannot_be_written, whole_file, write_whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
 _PROCESSOR_FILE = "processor_config.json"
 _CARD = "README.md"
 _COPIED = (*PUBLISHED_FILES, "*.py")
-_MAKE_A_CHECKPOINT = ("config.json", "adapter_config.json")
 _NAMED = 10
 
 
@@ -218,7 +215,7 @@ def score_for_calibration(
         progress: told the number of images scored so far, and their total.
 
     Raises:
-        UnreadableImageError: naming the images that cannot be read, after all are scored.
+        UnreadableImageError: naming the images that cannot be read; from the first on, the others are only read.
         MoECLIPError: where the model gives NaN.
     """
     model, processor = pretrained
@@ -249,6 +246,8 @@ def score_for_calibration(
             unreadable.append(str(sample))
         else:
             batch.append(sample)
+        if unreadable:
+            batch.clear()  # nothing will come of scores
         if not batch or (len(batch) < batch_size and done < len(rows)):
             continue
         samples, batch = batch, []
@@ -325,44 +324,34 @@ def copy_checkpoint(
         from huggingface_hub import snapshot_download
 
         source = snapshot_download(str(source), revision=revision, allow_patterns=list(_COPIED), ignore_patterns="*/*")
-    is_new, moved = not output.exists(), list[Path]()
+    files = [file for file in sorted(Path(source).iterdir()) if file.is_file() and _is_copied(file.name)]
+    # Last, when all else is there: without it the folder is no checkpoint.
+    settings = [file for file in files if file.name in (CONFIG, ADAPTER_CONFIG)]
+    is_new = not output.exists()
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as staging:
-            for file in sorted(Path(source).iterdir()):
-                if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in _COPIED):
-                    shutil.copy(file, staging)
-            if thresholds is not None:
-                store_thresholds(Path(staging), thresholds)
-            # The configuration last: without it the folder is no checkpoint.
-            for file in sorted(Path(staging).iterdir(), key=lambda file: file.name in _MAKE_A_CHECKPOINT):
-                moved.append(output / file.name)
-                os.replace(file, moved[-1])
-    except BaseException as error:
-        for file in moved:
-            file.unlink(missing_ok=True)
+        with telling_what_cannot_be_written(output):
+            output.mkdir(parents=True, exist_ok=True)
+        _copy([file for file in files if file not in settings], output)
+        if thresholds is not None:
+            store_thresholds(output, thresholds)
+        _copy(settings, output)
+    except BaseException:
+        for file in files:
+            (output / file.name).unlink(missing_ok=True)
         if is_new:
-            shutil.rmtree(output, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise MoECLIPError(f"{output}: cannot be written ({error.strerror or error})") from error
-        if isinstance(error, MoECLIPError):  # of a file in the folder that is gone
-            raise type(error)(re.sub(r"[/\\]\.partial-\w+", "", str(error))) from error
+            with suppress(OSError):
+                output.rmdir()
         raise
 
 
-def check_writable(folder: Path) -> None:
-    """
-    Refuse a folder that nothing can be written to, whether it is there or is to be made.
+def _is_copied(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _COPIED)
 
-    Raises:
-        MoECLIPError: saying why.
-    """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise MoECLIPError(f"{folder}: cannot be written ({error.strerror or error}): name another folder") from error
+
+def _copy(files: Iterable[Path], output: Path) -> None:
+    for file in files:
+        with whole_file(output / file.name) as partial:
+            shutil.copy(file, partial)
 
 
 def refuse_filled_folder(output: Path) -> None:
@@ -401,7 +390,6 @@ __all__ = [
     "best_f1_threshold",
     "calibrate_from_labels",
     "calibrate_from_normal",
-    "check_writable",
     "conformal_rank",
     "conformal_threshold",
     "copy_checkpoint",

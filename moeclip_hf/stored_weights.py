@@ -83,9 +83,8 @@ def weight_files(folder: Path, names: Sequence[str] = WEIGHT_FILES) -> list[Path
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None:
         raise CheckpointError(f"{folder}: holds no weights: {names[0]} is missing.")
-    if (
-        index := folder / f"{file.name}.index.json"
-    ).is_file():  # saving in several files leaves the one that was there
+    index = folder / f"{file.name}.index.json"
+    if index.is_file():  # saving in several files leaves the one that was there
         raise CheckpointError(
             f"{folder}: holds weights twice, in {file.name} and in the files of {index.name}: delete those that are "
             "out of date."

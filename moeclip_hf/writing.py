@@ -17,6 +17,19 @@ _SOFTWARE = "moeclip-hf"
 
 
 @contextmanager
+def telling_what_cannot_be_written(path: Path) -> Iterator[None]:
+    """
+    Raises:
+        MoECLIPError: naming the file, and why it cannot be written.
+    """
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        reason = "memory is short" if isinstance(error, MemoryError) else getattr(error, "strerror", None) or error
+        raise MoECLIPError(f"{path}: cannot be written ({reason})") from error
+
+
+@contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """
     Where to write a file, which takes its name once it is whole; one that was there stays until then.
@@ -28,11 +41,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     digest = hashlib.blake2b(os.fsencode(path.name), digest_size=16).hexdigest()
     partial = path.with_name(f".{digest}.partial")
     try:
-        yield partial
-        os.replace(partial, path)
-    except (OSError, MemoryError) as error:
-        reason = "memory is short" if isinstance(error, MemoryError) else getattr(error, "strerror", None) or error
-        raise MoECLIPError(f"{path}: cannot be written ({reason})") from error
+        with telling_what_cannot_be_written(path):
+            yield partial
+            os.replace(partial, path)
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

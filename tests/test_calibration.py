@@ -255,7 +255,7 @@ def test_a_copy_goes_into_any_empty_folder_and_takes_nothing_beside_it(checkpoin
 
 
 @pytest.mark.parametrize("is_new", [True, False])
-@pytest.mark.parametrize("step", ["moeclip_hf.calibration.shutil.copy", "moeclip_hf.calibration.os.replace"])
+@pytest.mark.parametrize("step", ["moeclip_hf.calibration.shutil.copy", "moeclip_hf.writing.os.replace"])
 def test_a_copy_that_cannot_be_finished_leaves_nothing_and_the_thresholds_are_told(
     normal_folder, checkpoint, tmp_path, monkeypatch, step, is_new
 ):
@@ -275,7 +275,7 @@ def test_a_copy_that_cannot_be_finished_leaves_nothing_and_the_thresholds_are_to
     told = str(run(normal_folder, *options).exception)
     image, pixel = (r"0\.\d+ for images", r"0\.\d+ for pixels")
     assert re.fullmatch(
-        rf"{tmp_path}/copy: cannot be written \(No space.*; the thresholds are {image} and {pixel}\.", told
+        rf"{tmp_path}/copy/[\w.]+: cannot be written \(No space.*; the thresholds are {image} and {pixel}\.", told
     )
     assert (tmp_path / "copy").exists() != is_new
     assert is_new or not list((tmp_path / "copy").iterdir())
@@ -286,9 +286,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_scored(
 ):
     monkeypatch.setattr("moeclip_hf.calibration.score_for_calibration", lambda *_: pytest.fail("scored"))
     (tmp_path / "file").touch()
-    failure = run(normal_folder, "--model", checkpoint, "--output", tmp_path / "file" / "copy").exception
-    assert isinstance(failure, MoECLIPError)
-    assert str(failure).startswith(f"{tmp_path}/file/copy: cannot be written (")
+    for output in (tmp_path / "file" / "copy", Path("/proc/copy")):
+        refused = run(normal_folder, "--model", checkpoint, "--output", output)
+        assert (refused.exit_code, "can be written to" in " ".join(refused.stderr.split())) == (2, True)
 
 
 def test_a_copy_holds_no_pickles_and_no_steps_of_the_run(normal_folder, checkpoint, tmp_path):
@@ -345,14 +345,16 @@ def test_images_of_a_folder_are_scored_under_the_same_name_either_way(checkpoint
     assert thresholds[0] == thresholds[1] != thresholds[2]
 
 
-def test_what_cannot_be_done_is_said_before_anything_is_written(normal_folder, tmp_path, pretrained):
+def test_what_cannot_be_done_is_said_before_anything_is_written(normal_folder, tmp_path, pretrained, monkeypatch):
     (tmp_path / "filled").mkdir()
     (tmp_path / "filled" / "file").touch()
     assert isinstance(run(normal_folder, "--output", tmp_path / "filled").exception, CheckpointError)
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     (tmp_path / "torn.png").write_bytes((normal_folder / "00.png").read_bytes()[:200])
-    everything = run(normal_folder, broken, tmp_path / "torn.png", "--output", tmp_path / "copy").exception
+    with monkeypatch.context() as patch:  # nothing will come of scores
+        patch.setattr("moeclip_hf.MoECLIPModel.forward", lambda *_, **__: pytest.fail("scored"))
+        everything = run(broken, normal_folder, tmp_path / "torn.png", "--output", tmp_path / "copy").exception
     assert isinstance(everything, UnreadableImageError)
     assert re.fullmatch(r"\S+broken.png: cannot be read.*\. \S+torn.png: cannot be read.*", str(everything))
     for error, arguments in (

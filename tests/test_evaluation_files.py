@@ -38,6 +38,8 @@ def test_repetitions_are_dropped_and_nothing_else_is(tmp_path):
         if document is not None:
             (tmp_path / name / "results.json").write_text(json.dumps(document))
     (tmp_path / "2026-11-28-140000").mkdir()  # of a call that was cut off
+    (tmp_path / "2026-11-28-notes.txt").touch()
     drop_repetitions(tmp_path)
     left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
     assert left == {"2026-11-28-120000-2", "2026-11-28-130000", "2026-11-28-notes"}
+    assert (tmp_path / "2026-11-28-notes.txt").exists()

@@ -1,5 +1,6 @@
 """`moeclip predict`, as people and machines call it."""
 
+import copy
 import json
 import ntpath
 import os
@@ -17,9 +18,10 @@ from typer.testing import CliRunner
 
 from moeclip_hf.cli import app
 from moeclip_hf.cli.predict import _output_names
+from moeclip_hf.cli.usage import LARGEST_EDGE
 from moeclip_hf.errors import CheckpointError, MoECLIPError, MoECLIPWarning
 from moeclip_hf.prediction import find_images, predict
-from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, load_pretrained
+from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, check_processor, load_pretrained
 from moeclip_hf.visualization import draw_overlay
 
 
@@ -240,6 +242,20 @@ def test_a_picture_that_is_no_result_is_not_overwritten(images, tmp_path):
         assert run(images / "good.png", "--output-dir", images, cwd=tmp_path).exit_code == 0
     assert (images / "good_overlay.png.partial").read_bytes() == b"mine"
     assert not list(images.glob(".*"))
+
+
+def test_the_largest_size_that_commands_take_is_the_largest_that_a_processor_may_ask_for(pretrained):
+    def told(edge: int) -> str:
+        processor = copy.deepcopy(pretrained.processor)
+        processor.image_processor.size = {"height": edge, "width": edge}
+        try:
+            check_processor("it", processor)
+        except CheckpointError as error:
+            return str(error)
+        return ""
+
+    assert not told(LARGEST_EDGE)
+    assert f"is over {LARGEST_EDGE} pixels" in told(LARGEST_EDGE + 8)
 
 
 def test_explain_overwrites_no_picture_that_is_no_result(images, tmp_path):

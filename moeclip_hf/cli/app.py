@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moeclip_hf.cli.predict import refuse_nan
+from moeclip_hf.cli.usage import refuse_nan
 
 
 def app(

@@ -12,6 +12,7 @@ import typer
 
 from moeclip_hf.cli.predict import Dtype
 from moeclip_hf.cli.progress import progress_bar
+from moeclip_hf.cli.usage import check_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -100,6 +101,7 @@ def calibrate(
         raise typer.BadParameter("--classes and --split are of a data set (--data-dir, --dataset), not of images")
     if best_f1 and not (false_alarm_rate is None and pixel_false_alarm_rate is None):
         raise typer.BadParameter("--best-f1 chooses by labels, and holds no false-alarm rate: leave one of them out")
+    check_folder(output or Path(str(model)), "--output" if output else "--model")
     false_alarm_rate = _FALSE_ALARM_RATE if false_alarm_rate is None else false_alarm_rate
 
     from transformers.utils import logging
@@ -113,7 +115,6 @@ def calibrate(
         calibration.refuse_filled_folder(output)
     source = str(model or EMBEDDED_CHECKPOINT)
     folder = output or Path(source)
-    calibration.check_writable(folder)  # now rather than after all is scored
     rows = _read_rows(images, class_name, dataset, data_dir, split or "test", classes)
     if not best_f1:
         rows = rows.select([index for index, label in enumerate(rows["label"]) if label == 0])

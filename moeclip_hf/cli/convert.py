@@ -1,13 +1,13 @@
 """`moeclip convert`: checkpoints of other formats, in and out."""
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from moeclip_hf.cli.predict import Dtype
+from moeclip_hf.cli.usage import LARGEST_EDGE, check_folder
 
 convert = typer.Typer(help="Convert released adapters and OpenAI's CLIP, in and out.", no_args_is_help=True)
 
@@ -80,7 +80,7 @@ def released(
         int | None,
         typer.Option(
             min=1,
-            max=8192,
+            max=LARGEST_EDGE,
             help="Pixels that images are resized to.",
             show_default="518 for patch 14 at 336, else the CLIP's",
         ),
@@ -119,7 +119,7 @@ def released(
     What the shapes tell is inferred. The activation is exact GELU, as the released code trains with it, unless told
     otherwise.
     """
-    _check_folder(output)
+    check_folder(output)
     clip = _fetch_revision(clip, revision)
     tokenizer = _find_tokenizer(tokenizer, clip)
 
@@ -168,7 +168,7 @@ def openai(
     as_json: AsJson = False,
 ) -> None:
     """Write a CLIP as a transformers folder with its processor, such as training starts from."""
-    _check_folder(output)
+    check_folder(output)
     clip = _fetch_revision(clip, revision)
     tokenizer = _find_tokenizer(tokenizer, clip)
 
@@ -201,7 +201,7 @@ def export(
     """Write a checkpoint's adapter as the released code saves it; its CLIP is not in it."""
     if output.is_dir():
         raise typer.BadParameter(f"{output} is a folder, not a file", param_hint="--output")
-    _check_folder(output.parent)
+    check_folder(output.parent)
 
     import torch
     from transformers.utils import logging
@@ -245,13 +245,6 @@ def _find_tokenizer(tokenizer: str | None, clip: str) -> str:
         return clip
     merges = Path(clip).with_name(_MERGES_FILE)
     return str(merges) if merges.exists() else _OPENAI_TOKENIZER
-
-
-def _check_folder(output: Path) -> None:
-    """Refuse what cannot be made a folder before the work, not after it."""
-    there = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise typer.BadParameter(f"{there} is not a folder that can be written to", param_hint="--output")
 
 
 def _heads(vision: int | None, text: int | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import typer
 
 from moeclip_hf.cli.predict import Dtype
 from moeclip_hf.cli.progress import progress_bar
+from moeclip_hf.cli.usage import LARGEST_EDGE
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,7 +59,9 @@ def evaluate(
     pictures: Annotated[bool, typer.Option(help="Draw curves, and the images it went best and worst on.")] = True,
     image_size: Annotated[
         int | None,
-        typer.Option(min=1, max=8192, help="Edge that images and masks are resized to.", show_default="the model's"),
+        typer.Option(
+            min=1, max=LARGEST_EDGE, help="Edge that images and masks are resized to.", show_default="the model's"
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images computed at once, a process.")] = 8,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.", show_default="the best there is")] = None,

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import re
 import unicodedata
@@ -17,6 +16,7 @@ import typer
 
 from moeclip_hf.cli.messages import one_line
 from moeclip_hf.cli.progress import progress_bar
+from moeclip_hf.cli.usage import LARGEST_EDGE, refuse_nan
 
 if TYPE_CHECKING:
     from moeclip_hf.prediction import Prediction
@@ -60,13 +60,6 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
-def refuse_nan(value: float | None) -> float | None:
-    """Refuse NaN, which no range leaves out."""
-    if value is not None and math.isnan(value):
-        raise typer.BadParameter("nan is no number")
-    return value
-
-
 def predict(
     images: Annotated[list[str], typer.Argument(help="Files, folders and glob patterns.", show_default=False)],
     class_name: Annotated[str, typer.Option(help='What the images show, such as "metal nut".')] = "object",
@@ -108,7 +101,9 @@ def predict(
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(min=1, max=8192, help="Pixels a side that the model sees.", show_default="the checkpoint's"),
+        typer.Option(
+            min=1, max=LARGEST_EDGE, help="Pixels a side that the model sees.", show_default="the checkpoint's"
+        ),
     ] = None,
     keep_aspect: Annotated[
         bool, typer.Option("--keep-aspect", help="Keep aspect ratios; --image-size is then the shorter side.")
@@ -349,26 +344,24 @@ def _write(
 
     from moeclip_hf.errors import MoECLIPError
     from moeclip_hf.visualization import draw_overlay
-    from moeclip_hf.writing import save_picture, whole_file
+    from moeclip_hf.writing import save_picture, telling_what_cannot_be_written, whole_file
 
     assert prediction.image is not None and prediction.anomaly_map is not None  # it could be read
     failures = []
     for target in filter(None, (overlay, map)):
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target is overlay:
-                picture = draw_overlay(prediction.image, prediction.anomaly_map, prediction.regions, pixel_threshold)
-                save_picture(picture, target)
-            elif target.suffix == ".npy":
-                with whole_file(target) as partial, partial.open("wb") as file:
-                    np.save(file, prediction.anomaly_map)
-            else:
-                save_picture(Image.fromarray(np.rint(prediction.anomaly_map * 65535).astype(np.uint16)), target)
-        except MoECLIPError as error:  # such as a full disk
+            with telling_what_cannot_be_written(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target is overlay:
+                    anomaly_map, regions = prediction.anomaly_map, prediction.regions
+                    save_picture(draw_overlay(prediction.image, anomaly_map, regions, pixel_threshold), target)
+                elif target.suffix == ".npy":
+                    with whole_file(target) as partial, partial.open("wb") as file:
+                        np.save(file, prediction.anomaly_map)
+                else:
+                    save_picture(Image.fromarray(np.rint(prediction.anomaly_map * 65535).astype(np.uint16)), target)
+        except MoECLIPError as error:  # such as of a full disk
             failures.append(str(error))
-        except (OSError, MemoryError) as error:
-            reason = "memory is short" if isinstance(error, MemoryError) else error.strerror or error
-            failures.append(f"{target}: cannot be written ({reason})")
     return failures
 
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from moeclip_hf.cli.usage import LARGEST_EDGE
+
 _MODEL_SETTINGS = frozenset({
     "num_experts", "num_experts_per_tok", "lora_rank", "lora_alpha", "use_fofs", "moe_layers", "feature_layers",
     "aggregation_sizes", "shared_projections", "projection_activation", "image_feature_layer",
@@ -120,7 +122,7 @@ def train(
     shared_projections: Annotated[bool | None, _model("One projection a tap.")] = None,
     projection_activation: Annotated[str | None, _model("Activation behind the projections of patches.")] = None,
     image_feature_layer: Annotated[int | None, _model("Tap that the image embedding is made from.")] = None,
-    image_size: Annotated[int | None, _model("Pixels that images are resized to.", min=1, max=8192)] = None,
+    image_size: Annotated[int | None, _model("Pixels that images are resized to.", min=1, max=LARGEST_EDGE)] = None,
     max_steps: Annotated[int, _run("End after so many steps, whatever the epochs; -1 for never.")] = -1,
     seed: Annotated[int, _run("Decides on everything random.")] = 0,
     resume: Annotated[bool, _run("Go on from the last checkpoint in the output folder.", "--resume")] = False,

@@ -262,8 +262,8 @@ def drop_repetitions(output_dir: Path) -> None:
     """Delete what [`set_aside`] has kept and the folder now holds again: the same files, and every figure the same."""
     figures = _figures_in(output_dir / _DOCUMENT)
     for kept in output_dir.glob("[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-*"):
-        files = sorted(kept.iterdir(), key=lambda file: file.name == _DOCUMENT)
         with suppress(OSError, ValueError, KeyError, TypeError):  # it is none of ours
+            files = sorted(kept.iterdir(), key=lambda file: file.name == _DOCUMENT)
             if all((output_dir / file.name).is_file() for file in files):
                 if files and _figures_in(kept / _DOCUMENT) != figures:
                     continue
