@@ -22,6 +22,11 @@ settings.register_profile("untimed", deadline=None)  # a busy machine is no fail
 settings.load_profile("untimed")
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """No bytes in a test's name: gzip writes the time of day, and then the suite's processes find other tests each."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A CLIP tokenizer that knows a few words and every letter, with room for 20 tokens."""
