@@ -160,7 +160,7 @@ def load_adapter(
     loaded = get_peft_model_state_dict(adapted, adapter_name=adapter_name, save_embedding_layers=False)
     if listed := list_faults(find_faults(stored, loaded)):
         raise CheckpointError(f"{adapter}: does not fit {base}: {listed}.")
-    refuse_non_finite(str(adapter), loaded)
+    refuse_non_finite(str(adapter), loaded.items())
     return adapted
 
 
@@ -208,7 +208,7 @@ def _load_base(base: str, adapter: str, settings: dict[str, Any], revision: str 
     except Exception as error:  # whatever a missing, foreign or damaged checkpoint leads to
         reason = _one_line(error).removeprefix(f"{base}: ")
         raise CheckpointError(f"{base}: cannot be loaded as the base of {adapter}: {reason}") from error
-    refuse_non_finite(base, bare.state_dict())
+    refuse_non_finite(base, bare.state_dict().items())
     bare.name_or_path = bare.config.name_or_path = base
     return bare
 

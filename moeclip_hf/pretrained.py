@@ -18,7 +18,15 @@ from moeclip_hf.modeling.configuration_moeclip import MoECLIPConfig
 from moeclip_hf.modeling.image_processing_moeclip import MoECLIPImageProcessor
 from moeclip_hf.modeling.modeling_moeclip import MoECLIPModel
 from moeclip_hf.modeling.processing_moeclip import MoECLIPProcessor, patch_maps
-from moeclip_hf.stored_weights import SAFETENSORS, WEIGHT_DTYPES, check_weights, read_headers, refuse_non_finite
+from moeclip_hf.stored_weights import (
+    ADAPTER_WEIGHTS,
+    SAFETENSORS,
+    WEIGHT_DTYPES,
+    check_weights,
+    read_headers,
+    read_tensors,
+    refuse_non_finite,
+)
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -149,8 +157,7 @@ def load_pretrained(
 
 def check_checkpoint(folder: Path) -> None:
     """
-    Refuse what would not load, as far as settings and the headers of weights tell: of an adapter without its base,
-    and not whether numbers are finite.
+    Refuse what would not load, as far as its settings and weights tell: of an adapter without its base.
 
     Args:
         folder: from [`fetch_checkpoint`].
@@ -165,8 +172,10 @@ def check_checkpoint(folder: Path) -> None:
 
             read_adapter(source, folder)
             _load_processor(source, folder)
+            refuse_non_finite(source, read_tensors(folder, [ADAPTER_WEIGHTS]))
         else:
             _load_processor(source, folder, _check_full(source, folder))
+            refuse_non_finite(source, read_tensors(folder))
 
 
 @contextmanager
@@ -339,7 +348,7 @@ def _load_full(source: str, folder: Path, dtype: torch.dtype, **pinned: Any) -> 
     _check_full(source, folder)
     with quiet_transformers():
         model = MoECLIPModel.from_pretrained(source, dtype=dtype, use_safetensors=True, **pinned)
-    refuse_non_finite(source, model.state_dict())
+    refuse_non_finite(source, model.state_dict().items())
     return model
 
 

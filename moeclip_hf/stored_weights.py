@@ -1,4 +1,4 @@
-"""What a checkpoint's weight files hold, told from their headers before a model is made of them.
+"""What a checkpoint's weight files hold, most of it told from their headers before a model is made of them.
 
 A configuration can ask for any size, and transformers sets the memory aside and fills it before it says that the file
 holds something else. So names, shapes and types are compared first, on the meta device, which costs nothing.
@@ -8,7 +8,7 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -67,6 +67,21 @@ def read_headers(folder: Path, names: Sequence[str] = WEIGHT_FILES) -> dict[str,
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"{part}: is missing, damaged or cut short ({reason}): fetch it anew.") from error
     return headers
+
+
+def read_tensors(folder: Path, names: Sequence[str] = SAFETENSORS) -> Iterator[tuple[str, torch.Tensor]]:
+    """
+    Read a folder's weights, one tensor at a time in memory.
+
+    Args:
+        folder: of a model or an adapter, whose headers were read.
+        names: as of [`weight_files`], of safetensors alone.
+    """
+    for part in weight_files(folder, names):
+        if part.suffix == ".safetensors":
+            with safe_open(part, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                    yield name, tensors.get_tensor(name)
 
 
 def weight_files(folder: Path, names: Sequence[str] = WEIGHT_FILES) -> list[Path]:
@@ -250,9 +265,10 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return all(extreme.isfinite() for extreme in tensor.aminmax())
 
 
-def refuse_non_finite(source: str, tensors: Mapping[str, torch.Tensor]) -> None:
+def refuse_non_finite(source: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Refuse weights that hold NaN or infinity, by name; offloaded ones, on the meta device, are not looked at."""
-    at_hand = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.is_meta}
-    faulty = [name for name, tensor in at_hand.items() if not is_finite(tensor)]
+    faulty = [
+        name for name, tensor in tensors if tensor.is_floating_point() and not tensor.is_meta and not is_finite(tensor)
+    ]
     if faulty:
         raise CheckpointError(f"{source}: holds NaN or infinity: {list_faults({'non-finite': faulty})}.")

@@ -78,9 +78,9 @@ def test_parts_may_rest_on_the_disk_until_they_are_needed(tmp_path, part):
 
 def test_weights_that_are_offloaded_are_not_asked_whether_they_are_finite_and_others_are():
     offloaded, rotten = torch.empty(2, 3, device="meta"), torch.tensor([1.0, float("nan")])
-    refuse_non_finite("it", {"offloaded": offloaded, "sound": torch.zeros(2)})
+    refuse_non_finite("it", {"offloaded": offloaded, "sound": torch.zeros(2)}.items())
     with pytest.raises(CheckpointError, match=r"^it: holds NaN or infinity: 1 non-finite \(rotten\)"):
-        refuse_non_finite("it", {"offloaded": offloaded, "rotten": rotten})
+        refuse_non_finite("it", {"offloaded": offloaded, "rotten": rotten}.items())
 
 
 @pytest.mark.parametrize("dtype", ["auto", "fp16", "load", "int8", torch.int8])

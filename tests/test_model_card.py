@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from training_runs import write_folder
 from typer.testing import CliRunner
 
@@ -312,6 +313,23 @@ def test_weights_are_published_that_would_be_loaded_and_no_others(checkpoint, pr
     written(tmp_path / "parts", tmp_path)
     assert {path.name for path in (tmp_path / "repository").glob("model*.safetensors*")} == saved
     load_pretrained(tmp_path / "repository", device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["whole", "in parts", "adapter"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_published(pretrained, tmp_path, kind, value):
+    folder = tmp_path / "rotten"
+    model = full_to_adapter(pretrained.model, base="openai/clip") if kind == "adapter" else pretrained.model
+    model.save_pretrained(folder, **({"max_shard_size": "1MB"} if kind == "in parts" else {}))
+    pretrained.processor.save_pretrained(folder)
+    *_, last = sorted(folder.glob("*.safetensors"))
+    tensors = load_file(last)
+    name = min(tensors)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, last, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"rotten: holds NaN or infinity: 1 non-finite \({name}\)\.$"):
+        written(folder, tmp_path)
+    assert not (tmp_path / "repository").exists()
 
 
 def test_an_adapter_names_its_base_and_replaces_the_template_that_peft_left(pretrained, tmp_path):

@@ -103,7 +103,7 @@ def start_model(
     if lacking:
         whose = "its" if goes_on else "CLIP's"
         raise CheckpointError(f"{source}: lacks {len(lacking)} of {whose} weights ({lacking[0]}, ...).")
-    refuse_non_finite(source, model.state_dict())
+    refuse_non_finite(source, model.state_dict().items())
     if fresh:
         set_seed(seed)
         clip_weights = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
