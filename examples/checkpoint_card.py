@@ -49,8 +49,8 @@ class Figures:
         return result
 
 
-def write_card(checkpoint: Path, figures: Figures) -> None:
-    """Write the card into a checkpoint's folder."""
+def write_card(checkpoint: Path, figures: Figures, trained_size: int) -> None:
+    """Write the card into the folder of a checkpoint that was trained on images of `trained_size` pixels."""
     config = MoECLIPConfig.from_pretrained(checkpoint)
     processor = MoECLIPProcessor.from_pretrained(checkpoint)
     recipe = json.loads((checkpoint / "recipe.json").read_text(encoding="utf-8"))
@@ -62,6 +62,7 @@ def write_card(checkpoint: Path, figures: Figures) -> None:
         name=checkpoint.name,
         millions=MoECLIPModel.from_pretrained(checkpoint).num_parameters() / 1e6,
         size=processor.image_processor.size["height"],
+        trained_size=trained_size,
         vision_layers=vision.num_hidden_layers,
         vision_width=vision.hidden_size,
         patch=vision.patch_size,

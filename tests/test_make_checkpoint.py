@@ -54,7 +54,7 @@ def made(tmp_path_factory, tokenizer):
         patch.setattr(make_checkpoint, "TEXTURES", textures)
         patch.setattr(make_checkpoint, "PICTURE_SIZE", 64)
         patch.setattr(make_checkpoint, "CROPS_A_PHOTOGRAPH", 4)
-        patch.setattr(make_checkpoint, "IMAGE_SIZE", 32)
+        patch.setattr(make_checkpoint, "SCORED_SIZE", 48)
         settings = {"image-size": 32, "batch-size": 2, "max-steps": 2}
         patch.setattr(make_checkpoint, "TRAINING", settings)
         patch.setattr(make_checkpoint, "SAVE_STEPS", 1)
@@ -71,6 +71,8 @@ def test_checkpoint_is_half_precision_calibrated_and_loads(made):
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float16"
     pretrained = load_pretrained(folder)
     assert pretrained.processor.image_threshold != 0.5
+    assert pretrained.processor.image_processor.size == {"height": 48, "width": 48}
+    assert "at 48 x 48 pixels" in (card := (folder / "README.md").read_text()) and "families at 32 pixels" in card
     assert not list(made.glob("*.unfinished"))
 
 
