@@ -17,7 +17,7 @@ import json
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from moeclip_hf.data.textures.benchmark import write_texture_benchmark
 from moeclip_hf.data.textures.splits import AUXILIARY_FAMILIES, SEEN_DEFECTS, VALIDATION_FAMILIES
 from moeclip_hf.evaluation import evaluate
 from moeclip_hf.evaluation.results import markdown_table
+from moeclip_hf.evaluation.scoring import resize_mask
 from moeclip_hf.metrics import AnomalyMetrics
 from moeclip_hf.modeling import moe_lora
 from moeclip_hf.modeling.processing_moeclip import smooth, upsample
@@ -104,12 +105,6 @@ def norm_floor(floor: float) -> Iterator[None]:
         moe_lora._NORM_EPS = own
 
 
-def read_resized_mask(row: dict[str, Any], size: Sequence[int]) -> torch.Tensor:
-    """(1, height, width), boolean, at the size that the model sees."""
-    mask = torch.from_numpy(read_mask(row))[None, None]
-    return torch.nn.functional.interpolate(mask.float(), size=tuple(size), mode="nearest-exact")[0] > 0
-
-
 def mean_figures(metrics: Any) -> dict[str, float]:
     computed = [each.compute() for each in metrics]
     return {name: mean(figures[name] for figures in computed) for name in FIGURES}
@@ -139,7 +134,7 @@ def score_plain_clip(clip: MoECLIPModel, processor: MoECLIPProcessor, rows: Any)
         anomalous = (100 * cosines).softmax(dim=-1)[0, :, 1]
         side = round((len(anomalous) - 1) ** 0.5)
         grid = smooth(anomalous[1:].view(1, side, side), "industrial")
-        mask = read_resized_mask(row, pixels.shape[-2:])
+        mask = resize_mask(read_mask(row), pixels.shape[-2:])[None]
         anomaly_map = upsample(grid, pixels.shape[-2:])
         metrics[row["prompt_name"]].update(anomaly_map, anomalous[:1], mask, [row["label"]])
     return mean_figures(metrics.values())

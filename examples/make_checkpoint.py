@@ -25,10 +25,10 @@ import torch
 from PIL import Image
 from skimage import data
 
-from benchmarks.experts import read_resized_mask, score_plain_clip
+from benchmarks.experts import score_plain_clip
 from examples.checkpoint_card import Figures, write_card
 from moeclip_hf import MoECLIPModel, MoECLIPOutput, MoECLIPProcessor
-from moeclip_hf.data import load_folder
+from moeclip_hf.data import load_folder, read_mask
 from moeclip_hf.data.textures import add_defect, write_texture_benchmark
 from moeclip_hf.data.textures.splits import (
     AUXILIARY_FAMILIES,
@@ -39,6 +39,7 @@ from moeclip_hf.data.textures.splits import (
 )
 from moeclip_hf.evaluation.protocol import find_differences
 from moeclip_hf.evaluation.results import Metrics, mean_metrics
+from moeclip_hf.evaluation.scoring import resize_mask
 from moeclip_hf.metrics import AnomalyMetrics
 from moeclip_hf.model_card import read_evaluation
 from moeclip_hf.pretrained import EMBEDDED_CHECKPOINT, Pretrained, load_pretrained
@@ -223,7 +224,7 @@ def evaluate_named(pretrained: Pretrained, rows: Any, namings: Sequence[Mapping[
         pixels = processor(images=row["image"], return_tensors="pt")["pixel_values"]
         outputs = model(pixels, text_embeds=anchors[namings[0][row["prompt_name"]]][None])
         patch_embeds = torch.stack(outputs.patch_embeds, dim=1)
-        mask = read_resized_mask(row, pixels.shape[-2:])
+        mask = resize_mask(read_mask(row), pixels.shape[-2:])[None]
         for naming, tally in zip(namings, tallies, strict=True):
             normal, abnormal = anchors[naming[row["prompt_name"]]]
             logits = 100 * (patch_embeds @ (abnormal - normal)).view_as(outputs.anomaly_logits)

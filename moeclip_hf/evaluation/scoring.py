@@ -109,7 +109,8 @@ def score_batches(
         other_size = bool(row["label"] and row["mask"] is not None and row["mask"].size != row["image"].size)
         edges = {"height": size[0], "width": size[1]}
         pixel_values = processor(images=row["image"], size=edges, return_tensors="pt")["pixel_values"]
-        return pixel_values, _resized(read_mask(row), size), other_size
+        mask = read_mask(row)
+        return pixel_values, None if mask is None else resize_mask(mask, size), other_size
 
     depth = 2 * max((len(batch.indices) for batch in batches), default=1)
     images = read_ahead(read, chain.from_iterable(batch.indices for batch in batches), depth, _READERS)
@@ -149,9 +150,7 @@ def _collect(
     )
 
 
-def _resized(mask: NDArray[np.bool_] | None, size: Size) -> NDArray[np.bool_] | None:
-    """Bring a mask to the size of the maps by nearest neighbour."""
-    if mask is None:
-        return None
+def resize_mask(mask: NDArray[np.bool_], size: Size) -> NDArray[np.bool_]:
+    """Bring a mask to the size of the maps, (H, W), by nearest neighbour."""
     height, width = size
     return np.asarray(Image.fromarray(mask.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)) != 0
