@@ -28,7 +28,8 @@ def launch(processes: int, steps: int, batch_size: int, data: Path, output: Path
     )
     options = {
         "dataset": data, "clip": "embedded", "output-dir": output / str(time.monotonic_ns()), "batch-size": batch_size,
-        "max-steps": steps, "tracker": "none", "save-steps": steps, "num-workers": 0,
+        "image-size": 256, "aggregation-sizes": "1,3,5", "max-steps": steps, "save-steps": steps, "tracker": "none",
+        "num-workers": 0,
     }  # fmt: skip
     command = ["-m", "accelerate.commands.launch", "--num_processes", processes, *launcher]
     command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", SCRIPT]

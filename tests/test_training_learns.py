@@ -16,7 +16,7 @@ from moeclip_hf.evaluation import evaluate
 from moeclip_hf.pretrained import load_pretrained
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "train.py"
-STEPS, IMAGES_A_STEP = 150, 16
+STEPS, IMAGES_A_STEP, IMAGE_SIZE = 150, 16, 256
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,9 @@ def textures(tmp_path_factory):
     root = tmp_path_factory.mktemp("textures")
     write_texture_benchmark(root / "seen", AUXILIARY_FAMILIES, SEEN_DEFECTS, normal=9, anomalous=18, seed=0)
     write_texture_benchmark(root / "unseen", VALIDATION_FAMILIES, SEEN_DEFECTS, normal=9, anomalous=9, seed=1)
-    plain = score_plain_clip(*load_pretrained(device="cpu", dtype=torch.float32), load_folder(root / "unseen"))
+    model, processor = load_pretrained(device="cpu", dtype=torch.float32)
+    processor.image_processor.size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    plain = score_plain_clip(model, processor, load_folder(root / "unseen"))
     return root / "seen", root / "unseen", plain
 
 
@@ -37,7 +39,8 @@ def test_training_beats_the_unadapted_clip_on_unseen_families_by_a_wide_margin(t
     launcher = ["--multi_gpu", "--main_process_port", port] if processes > 1 else ["--cpu"]
     options = {
         "dataset": seen, "clip": "embedded", "output-dir": tmp_path / "run", "batch-size": IMAGES_A_STEP // processes,
-        "max-steps": STEPS, "halve-at": f"{STEPS // 2},{3 * STEPS // 4}", "learning-rate": 2e-3,
+        "image-size": IMAGE_SIZE, "aggregation-sizes": "1,3,5", "max-steps": STEPS,
+        "halve-at": f"{STEPS // 2},{3 * STEPS // 4}", "learning-rate": 2e-3,
         "expert-learning-rate": 2e-3, "tracker": "none", "save-steps": STEPS,
     }  # fmt: skip
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), *launcher]
