@@ -14,7 +14,7 @@ help:
 	@echo "make test-browser  the tests of the page in Chromium (apt-get install chromium)"
 	@echo "make quality   ruff and mypy"
 	@echo "make bench     all benchmarks, and docs/benchmarks.md from them; leave the machine alone meanwhile"
-	@echo "make checkpoint  the embedded checkpoint from nothing, under outputs/checkpoint; 80 minutes on two cores, longer without bfloat16"
+	@echo "make checkpoint  the embedded checkpoint from nothing, under outputs/checkpoint; 87 minutes on two cores, longer without bfloat16"
 
 # torch comes first and alone: the exact version finds a CPU build where there is one.
 $(READY): setup.cfg pyproject.toml constraints.txt

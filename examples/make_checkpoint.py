@@ -47,7 +47,7 @@ from moeclip_hf.training import get_recipe, start_model
 
 PICTURE_SIZE = 256
 # Folder: families, defects, normal and anomalous images a family, seed. What is reported had the seeds 4, 5 and 6 when
-# an earlier adaptation was scored on it, before the settings below were chosen on "validation" alone.
+# an earlier adaptation was scored on it; all settings below were chosen on "validation" alone.
 TEXTURES: dict[str, tuple[tuple[str, ...], tuple[str, ...], int, int, int]] = {
     "auxiliary": (AUXILIARY_FAMILIES, SEEN_DEFECTS, 36, 54, 1),
     "normal": (AUXILIARY_FAMILIES, SEEN_DEFECTS, 16, 0, 2),

@@ -295,5 +295,5 @@ def test_the_embedded_checkpoint_is_whole_and_small():
     assert (model.config.moe_layers, model.config.feature_layers) == ([1, 3, 5, 7], [4, 6, 8])
     assert all(layer.lora_B.abs().max() > 0 and layer.router.weight.abs().max() > 0 for layer in model.moe_layers)
     processor = AutoProcessor.from_pretrained(folder)
-    assert processor.image_processor.size == {"height": 256, "width": 256}
+    assert processor.image_processor.size == {"height": 320, "width": 320}
     assert len(processor.tokenizer) == model.config.text_config.vocab_size

@@ -282,7 +282,7 @@ def test_other_weights_do_not_go_on_with_these_scores(pretrained, tmp_path):
     [
         ("config.json", {"residual_weight": 0.3}, "residual_weight 0.03, not 0.3"),
         ("config.json", {"num_experts_per_tok": 1}, "num_experts_per_tok 2, not 1"),
-        ("config.json", {"aggregation_sizes": [1, 3]}, r"aggregation_sizes \[1, 3, 5\], not \[1, 3\]"),
+        ("config.json", {"aggregation_sizes": [1, 5]}, r"aggregation_sizes \[1, 3\], not \[1, 5\]"),
         ("config.json", {"vision_config": {"hidden_act": "relu"}}, "vision_config.hidden_act gelu, not relu"),
         ("config.json", {"text_config": {"layer_norm_eps": 0.1}}, "text_config.layer_norm_eps 1e-05, not 0.1"),
         ("processor_config.json", {"image_processor": {"image_mean": [0.5] * 3}}, r"image_mean \[.*\], not \["),

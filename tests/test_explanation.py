@@ -86,8 +86,8 @@ def test_blocks_are_counted_from_1_and_maps_have_the_grid_of_patches(explanation
     assert [layer.block for layer in explanation.layers] == [2, 4, 6, 8]
     for layer in explanation.layers:
         for values in (layer.probabilities, layer.weights, layer.attributions):
-            assert values.shape == (4, 32, 32)
-        assert layer.top_1.shape == (32, 32)
+            assert values.shape == (4, 40, 40)
+        assert layer.top_1.shape == (40, 40)
 
 
 def test_weights_are_those_of_the_two_most_probable_experts(pretrained, hidden_states, explanation):
@@ -105,7 +105,7 @@ def test_weights_are_those_of_the_two_most_probable_experts(pretrained, hidden_s
 def test_cosines_are_those_of_the_experts_outputs(pretrained, hidden_states, explanation):
     for layer, experts, states in zip(explanation.layers, pretrained.model.moe_layers, hidden_states, strict=True):
         outputs = torch.nn.functional.normalize(answers(experts, states[1:]), dim=-1)
-        expected = torch.einsum("ind,jnd->ij", outputs, outputs).detach().numpy() / (32 * 32)
+        expected = torch.einsum("ind,jnd->ij", outputs, outputs).detach().numpy() / (40 * 40)
         assert np.allclose(layer.output_cosine, expected, atol=1e-6)
         assert layer.mean_output_cosine == pytest.approx((expected.sum() - 4) / 12, abs=1e-6)
 

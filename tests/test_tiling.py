@@ -260,7 +260,7 @@ def test_thresholds_that_were_chosen_for_tiles_are_not_objected_to(tmp_path, opt
     assert ("thresholds are for whole images" in result.stderr) == is_said
     resized = run(tmp_path / "part.png", "--image-size", "160", "--no-overlays", *options)
     assert ("thresholds are for its own input size" in resized.stderr) == is_said
-    assert not run(tmp_path / "part.png", "--image-size", "256", "--no-overlays", *options).stderr
+    assert not run(tmp_path / "part.png", "--image-size", "320", "--no-overlays", *options).stderr
 
 
 @pytest.mark.parametrize(
