@@ -147,8 +147,12 @@ def made_from(root: Path, name: str) -> tuple[Path, ...]:
 
 
 def is_evaluated(results: Path, final: Path) -> bool:
-    """Whether an evaluation is there, of this checkpoint."""
-    return results.exists() and not find_differences(final, read_evaluation(results))
+    """Whether an evaluation is there, of this checkpoint and at the size that it scores at."""
+    if not results.exists():
+        return False
+    document = read_evaluation(results)
+    sizes = [result["settings"]["image_size"] for result in document["datasets"]]
+    return sizes == [[SCORED_SIZE, SCORED_SIZE]] and not find_differences(final, document)
 
 
 def make(root: Path) -> Path:

@@ -157,6 +157,12 @@ def test_evaluation_of_other_weights_is_done_again(made, tmp_path, monkeypatch):
     make_checkpoint.make(root)
     assert evaluated == ["test", "test_unseen_defects"]
 
+    document["datasets"][0]["settings"]["image_size"] = [32, 32]  # that it was trained at
+    results.write_text(json.dumps(document))
+    evaluated.clear()
+    make_checkpoint.make(root)
+    assert evaluated == list(make_checkpoint.REPORTED)
+
 
 @pytest.mark.parametrize(
     ("name", "made_again"),
