@@ -47,8 +47,9 @@ FIGURES = (*TABULATED, "image_ap")
 # Runs here are some 50 times shorter than the paper's 20 epochs, and learn 4 times as fast.
 SPEEDUP = 4
 
-# The paper's lambda, where a variant sets none: the embedded checkpoint's configuration has another.
+# The paper's lambda, where a variant sets none, and windows: the embedded checkpoint's configuration has others.
 RESIDUAL_WEIGHT = 0.1
+AGGREGATION_SIZES = (1, 3, 5)
 
 # Every variant changes the literal recipe of the paper; `expert_speed` is the experts' learning rate over the others',
 # `norm_floor` no part of a recipe.
@@ -150,7 +151,9 @@ def run(variant: str, seed: int, steps: int, batch_size: int, image_size: int | 
     """Train one model and score it; figures as trained and without experts, and the log."""
     with norm_floor(VARIANTS.get(variant, {}).get("norm_floor", moe_lora._NORM_EPS)):
         recipe = recipe_of(variant, steps, batch_size)
-        model, processor = start_model("embedded", recipe, seed, fresh=True, image_size=image_size)
+        model, processor = start_model(
+            "embedded", recipe, seed, fresh=True, image_size=image_size, aggregation_sizes=list(AGGREGATION_SIZES)
+        )
         args = training_arguments(
             folder / "run",
             recipe,

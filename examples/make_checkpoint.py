@@ -59,7 +59,7 @@ PHOTOGRAPHS = {"brick_wall": "brick", "grass": "grass", "gravel": "gravel"}  # c
 CROPS_A_PHOTOGRAPH, PHOTOGRAPH_SEED = 60, 16
 SETTINGS_FILE = "rendered_from.json"
 REPORTED = ("test", "test_unseen_defects", "photographs")
-SCORED_SIZE = 320  # more patches find more than they cost in sharpness; training on as many finds no more
+SCORED_SIZE = 320  # finds more than at the size trained at, and as much as after training at it (docs/training.md)
 TRAINING: Mapping[str, Any] = {
     "image-size": 256,
     "feature-layers": "4,6,8",
